@@ -1,0 +1,476 @@
+"""What the training scripts share: devices, seeds, data, checkpoints, logs, the data set Shapes.
+
+Two conventions run through it.
+
+**Randomness is a function, not a stream.** Every random number of a run (weights, order of the
+images, augmentation, drop-path) comes from a seed computed from (run seed, epoch, image) or
+(run seed, step). So a resumed run needs no stored generator state to equal an uninterrupted one,
+and neither does it matter how many loader workers there are.
+
+**Bad input ends in one line.** `fail` prints what, where and what to do, and exits with code 2.
+"""
+
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NoReturn
+
+import matplotlib
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
+from tqdm import tqdm
+
+matplotlib.use("Agg")  # pictures go to files; no window system is needed
+import matplotlib.pyplot as plt
+
+CHECKPOINT_FORMAT = "minskip-1"
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """End the program with one line on stderr: what is wrong, where, and what to do about it."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def mixed_seed(*numbers: int) -> int:
+    """A 32-bit seed from any non-negative integers; neighbouring inputs give unrelated seeds."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+# --------------------------------------------------------------------------------------------------
+# Devices and processes
+# --------------------------------------------------------------------------------------------------
+
+
+def start_processes(device_name: str) -> tuple[torch.device, int, int]:
+    """(device, rank, world size). Joins a process group only when launched by torchrun.
+
+    device_name: "auto" (CUDA if there is any, else the CPU), "cpu", "cuda" or "cuda:1".
+    Ends the program when CUDA is asked for and absent.
+    """
+    try:
+        device = torch.device("cpu" if device_name == "auto" else device_name)
+    except RuntimeError:
+        fail(f"--device {device_name!r} is no device; use auto, cpu, cuda or cuda:N")
+    if device_name == "auto" and torch.cuda.is_available():
+        device = torch.device("cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count() if torch.cuda.is_available() else "no"
+        fail(f"--device {device_name}: {found} CUDA devices found here; use --device cpu or auto")
+    if "RANK" not in os.environ:
+        return device, 0, 1
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """bf16 autocast: "auto" on CUDA cards that support it, "bf16" wherever, "off" nowhere.
+
+    Never fp16: a skipless network's activations leave its range sooner than bf16's.
+    """
+    auto = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(
+        device.type, torch.bfloat16, enabled=amp == "bf16" or (amp == "auto" and auto)
+    )
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM as a flag that a training loop reads between two steps.
+
+    `requested()` is the signal's number or 0. A second signal falls through to Python's default.
+    """
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame) -> None:
+        self.number = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def requested(self, device: torch.device) -> int:
+        if not dist.is_initialized():
+            return self.number
+        # Every process must leave at the same step, or the others wait for it in the next gradient
+        # exchange for ever.
+        number = torch.tensor(self.number, device=device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
+
+# --------------------------------------------------------------------------------------------------
+# Shapes: a data set that is drawn, not downloaded
+# --------------------------------------------------------------------------------------------------
+
+
+def disc(x: Tensor, y: Tensor, radius: float, x0: float = 0.0) -> Tensor:
+    return torch.hypot(x - x0, y) - radius
+
+
+def box(x: Tensor, y: Tensor, half_width, half_height) -> Tensor:
+    return torch.maximum(x.abs() - half_width, y.abs() - half_height)
+
+
+# Each is a signed distance (or nearly): negative inside, on a canvas of [-1, 1] x [-1, 1].
+SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "disc": lambda x, y: disc(x, y, 0.8),
+    "ring": lambda x, y: disc(x, y, 0.7).abs() - 0.2,
+    "square": lambda x, y: box(x, y, 0.72, 0.72),
+    "triangle": lambda x, y: torch.maximum(x - 0.5, 0.866 * y.abs() - 0.5 * x - 0.5),
+    "cross": lambda x, y: torch.minimum(box(x, y, 0.9, 0.27), box(x, y, 0.27, 0.9)),
+    "crescent": lambda x, y: torch.maximum(disc(x, y, 0.9), -disc(x, y, 0.75, 0.5)),
+    "bar": lambda x, y: box(x, y, 0.95, 0.24),
+    "frame": lambda x, y: box(x, y, 0.61, 0.61).abs() - 0.19,
+    "corner": lambda x, y: torch.minimum(box(x + 0.5, y, 0.28, 0.85), box(x, y + 0.57, 0.78, 0.28)),
+    "dots": lambda x, y: torch.minimum(disc(x, y, 0.4, -0.5), disc(x, y, 0.4, 0.5)),
+}
+
+
+SPLITS = {"train": 1, "val": 2, "test": 3}
+
+
+def draw_shapes(indices: list[int], size: int, split: str, seed: int = 0):
+    """Draw images of `SHAPES`, one bright shape each on a dark textured ground with distractors.
+
+    Colour, place, size and rotation are random, the ground is three gratings, and three short
+    bars lie about as distractors. An image is a function of (seed, split, index) alone, whatever
+    its size, and its class is index mod 10.
+
+    Returns images (batch, 3, size, size) uint8, labels (batch,), and masks (batch, size, size)
+    uint8: 0 the ground and distractors, 1 + label the shape.
+    """
+    labels = torch.tensor(indices) % len(SHAPES)
+    generators = [np.random.default_rng((seed, SPLITS[split], i)) for i in indices]
+    numbers = np.stack([g.random(64, np.float32) for g in generators], axis=1)
+    columns = iter(torch.from_numpy(numbers)[:, :, None, None])
+
+    def draw(low: float, high: float) -> Tensor:  # (batch, 1, 1)
+        return low + (high - low) * next(columns)
+
+    def colour(low: float, high: float) -> Tensor:  # (batch, 3, 1, 1)
+        return torch.stack([draw(low, high) for _ in range(3)], dim=1)
+
+    ticks = (torch.arange(size) + 0.5) / size * 2 - 1
+    y, x = torch.meshgrid(ticks, ticks, indexing="ij")
+
+    def rotated(x0: Tensor | float, y0: Tensor | float, angle: Tensor) -> tuple[Tensor, Tensor]:
+        u, v = x - x0, y - y0
+        return u * angle.cos() + v * angle.sin(), v * angle.cos() - u * angle.sin()
+
+    def paint(image: Tensor, distance: Tensor, paint_colour: Tensor) -> tuple[Tensor, Tensor]:
+        cover = (0.5 - distance * size / 2).clamp(0, 1)  # antialiased over one pixel
+        return image + cover[:, None] * (paint_colour - image), cover
+
+    image = colour(0.1, 0.45).expand(-1, -1, size, size)
+    for _ in range(3):  # gratings
+        u, _ = rotated(0, 0, draw(0, math.pi))
+        wave = torch.sin(draw(4, 24) * u + draw(0, 2 * math.pi))
+        image = image + colour(-0.1, 0.1) * wave[:, None]
+    for _ in range(3):  # distractors
+        u, v = rotated(draw(-1, 1), draw(-1, 1), draw(0, math.pi))
+        image, _ = paint(image, box(u, v, draw(0.05, 0.4), draw(0.04, 0.1)), colour(0, 0.75))
+    radius = draw(0.5, 0.75)
+    room = 1 - radius
+    u, v = rotated(draw(-1, 1) * room, draw(-1, 1) * room, draw(0, 2 * math.pi))
+    distance = torch.empty(len(indices), size, size)
+    for label, shape in enumerate(SHAPES.values()):
+        chosen = labels == label
+        distance[chosen] = shape(u[chosen] / radius[chosen], v[chosen] / radius[chosen])
+    image, cover = paint(image, distance * radius, colour(0.55, 1.0))
+    masks = torch.where(cover > 0.5, labels[:, None, None] + 1, 0).to(torch.uint8)
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8), labels, masks
+
+
+class Shapes(Dataset):
+    """`draw_shapes` as a data set of (image (3, size, size) uint8, label). Deterministic.
+
+    split: "train", "val" or "test"; they share no image. `draw_shapes` also gives masks.
+    """
+
+    def __init__(self, split: str, length: int, image_size: int = 32, seed: int = 0):
+        self.classes = list(SHAPES)
+        self.split, self.length, self.image_size, self.seed = split, length, image_size, seed
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
+        # DataLoader calls this with a whole batch; drawn together an image takes a tenth the time.
+        images, labels, _ = draw_shapes(indices, self.image_size, self.split, self.seed)
+        return list(zip(images, labels.tolist()))
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        return self.__getitems__([index])[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# Image folders: ROOT/train/<class>/*, ROOT/val/<class>/*
+# --------------------------------------------------------------------------------------------------
+
+
+def open_rgb(path: str) -> Image.Image:
+    """Read an image file as RGB (greyscale and palette images are converted).
+
+    Raises RuntimeError, naming the file, where it cannot be decoded.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise RuntimeError(f"cannot read image {path} ({error}); repair or remove it") from error
+
+
+def check_images(paths: list[str], decode_up_to: int = 20_000) -> None:
+    """End the program at the first unreadable image, before training has begun.
+
+    Up to `decode_up_to` files are decoded in full; of a larger set, where that would take long,
+    only the headers are read (a damaged body then stops the run when it is met).
+    """
+
+    def problem(path: str) -> str | None:
+        try:
+            if len(paths) <= decode_up_to:
+                open_rgb(path)
+            else:
+                Image.open(path).close()
+        except (RuntimeError, OSError) as error:
+            return str(error) if isinstance(error, RuntimeError) else f"cannot read image {path}"
+
+    with ThreadPoolExecutor(8) as pool:
+        found = tqdm(
+            pool.map(problem, paths), "checking images", len(paths), disable=None, leave=False
+        )
+        for message in found:
+            if message:
+                pool.shutdown(cancel_futures=True)
+                fail(message)
+
+
+def image_folder(root: str, split: str) -> ImageFolder:
+    """`ROOT/split/<class>/*` as torchvision's ImageFolder, or an end with one clear line."""
+    folder = Path(root) / split
+    layout = f"expected ROOT/{split}/<class>/<image files>"
+    if not Path(root).is_dir():
+        fail(f"--data {root}: no such folder")
+    if not folder.is_dir():
+        fail(f"--data {root}: no folder {folder}; {layout}")
+    try:
+        return ImageFolder(str(folder), loader=open_rgb)
+    except FileNotFoundError as error:  # no class folder, or one without images
+        fail(f"--data {root}: {str(error).splitlines()[0].rstrip('.')}; {layout}")
+
+
+def image_folders(root: str) -> tuple[ImageFolder, ImageFolder]:
+    """The train and val folders under ROOT, with the same classes and readable images."""
+    train, val = image_folder(root, "train"), image_folder(root, "val")
+    if train.classes != val.classes:
+        only_train = sorted(set(train.classes) - set(val.classes))
+        only_val = sorted(set(val.classes) - set(train.classes))
+        fail(
+            f"--data {root}: train/ and val/ must hold the same classes; only in train: "
+            f"{only_train[:3]}, only in val: {only_val[:3]}"
+        )
+    check_images([path for path, _ in train.samples + val.samples])
+    return train, val
+
+
+# --------------------------------------------------------------------------------------------------
+# Loading
+# --------------------------------------------------------------------------------------------------
+
+
+class Seeded(Dataset):
+    """A data set whose transform draws its random numbers from a seed that comes with the index.
+
+    Keys are (index, seed) pairs, as `Batches` makes them.
+    """
+
+    def __init__(self, dataset: Dataset, transform: Callable):
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, int]]:
+        indices = [index for index, _ in keys]
+        if hasattr(self.dataset, "__getitems__"):
+            samples = self.dataset.__getitems__(indices)
+        else:
+            samples = [self.dataset[index] for index in indices]
+        out = []
+        for (_, seed), (image, label) in zip(keys, samples):
+            torch.manual_seed(seed)
+            out.append((self.transform(image), label))
+        return out
+
+
+class Batches:
+    """The batches of an epoch as lists of (index, seed): a function of (run seed, epoch) alone.
+
+    Set `epoch`, and `first` to leave out the batches that a resumed run has already seen. With
+    several processes each gets every world_size-th image of a batch of `batch_size`.
+
+    shuffle=True is for training: a new order every epoch, the last incomplete batch left out.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, seed: int, shuffle: bool, rank: int = 0, world: int = 1
+    ):
+        self.length, self.batch_size, self.seed, self.shuffle = length, batch_size, seed, shuffle
+        self.rank, self.world = rank, world
+        self.epoch = self.first = 0
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        whole = self.length // self.batch_size
+        return whole if self.shuffle else math.ceil(self.length / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = torch.arange(self.length)
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
+            order = torch.randperm(self.length, generator=generator)
+        for step in range(self.first, len(self)):
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            seeds = np.random.SeedSequence((self.seed, self.epoch, step)).generate_state(len(batch))
+            keys = list(zip(batch.tolist(), seeds.tolist()))
+            yield keys[self.rank :: self.world]
+
+
+def _start_worker(_: int) -> None:
+    # Ctrl-C goes to every process of the terminal; the main process alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def make_loader(
+    dataset: Seeded, batches: Batches, workers: int, device: torch.device
+) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=_start_worker,
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints
+# --------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file so that a reader finds the old one or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def save_checkpoint(path: Path, **content) -> None:
+    """Tensors, numbers, strings, lists and dicts only, so that it loads with weights_only=True."""
+    content = {"format": CHECKPOINT_FORMAT, **content}
+    write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+
+def load_checkpoint(path: str, script: str | None = None) -> dict:
+    """A checkpoint of ours, on the CPU; anything else ends the program with one line.
+
+    script: the name of the script that must have written it; None takes any.
+    """
+    if not Path(path).is_file():
+        fail(f"checkpoint {path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0][:80] if str(error).strip() else "unreadable"
+        fail(
+            f"checkpoint {path} is damaged or of another program ({reason}); use a file saved here"
+        )
+    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+        fail(
+            f"checkpoint {path} was not written by this project; use one of its last.pt or best.pt"
+        )
+    if script is not None and content.get("script") != script:
+        fail(f"checkpoint {path} was written by {content.get('script')}, not by {script}")
+    return content
+
+
+# --------------------------------------------------------------------------------------------------
+# Logs and pictures
+# --------------------------------------------------------------------------------------------------
+
+
+def write_log(path: Path, rows: list[dict]) -> None:
+    """One JSON object a line, one line an epoch. Rewritten whole: it always matches its run."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+# Okabe and Ito's colours, told apart with every common colour blindness.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+
+
+def plot_curves(out: Path, panels: dict[str, str]) -> None:
+    """`out/curves.png`: every run beside `out` (each folder with a log.jsonl) in one picture.
+
+    panels: log key -> axis label. Runs that differ only by a suffix -seedN share a colour.
+    """
+    runs = {}
+    for log in sorted(out.parent.glob("*/log.jsonl")):
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        if rows and all(key in rows[-1] for key in panels):
+            runs[log.parent.name] = rows
+    groups = list(dict.fromkeys(re.sub(r"-seed\d+$", "", name) for name in runs))
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False)
+    for ax, (key, label) in zip(axes[0], panels.items()):
+        for name, rows in runs.items():
+            group = groups.index(re.sub(r"-seed\d+$", "", name))
+            first = name == next(n for n in runs if re.sub(r"-seed\d+$", "", n) == groups[group])
+            ax.plot(
+                [row["epoch"] for row in rows],
+                [row[key] for row in rows],
+                color=COLOURS[group % len(COLOURS)],
+                linestyle=("-", "--", ":")[group // len(COLOURS) % 3],
+                linewidth=1.4,
+                marker="." if len(rows) == 1 else None,
+                label=groups[group] if first else None,
+            )
+        ax.set_xlabel("epoch")
+        ax.set_title(label, fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25)
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=2,
+        fontsize=8,
+        frameon=False,
+    )
+    figure.tight_layout(rect=(0, 0.06 + 0.05 * math.ceil(len(groups) / 2), 1, 1))
+    write_atomically(
+        out / "curves.png", lambda temporary: figure.savefig(temporary, dpi=130, format="png")
+    )
+    plt.close(figure)

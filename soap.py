@@ -1,0 +1,210 @@
+"""SOAP: Adam run in the eigenbasis of Shampoo's preconditioner. One class, one file.
+
+Source: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", ICLR 2025
+(arXiv 2409.11321).
+"""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def as_matrix_shape(shape: torch.Size) -> tuple[int, int] | None:
+    """(rows, columns) a parameter is preconditioned as; None for vectors and scalars.
+
+    Axes of size 1 go first, so that a class token of shape (1, 1, d) stays a vector and does not
+    get a d x d factor; what is left beyond two axes is flattened, a conv kernel to (out, rest).
+    """
+    sizes = [size for size in shape if size != 1]
+    if len(sizes) < 2:
+        return None
+    rest = 1
+    for size in sizes[1:]:
+        rest *= size
+    return sizes[0], rest
+
+
+def refreshed_basis(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of power iteration and a QR: the eigenbasis follows its slowly moving factor.
+
+    factor, basis: (batch, size, size). Returns the new basis, columns by falling eigenvalue, and
+    the order, (batch, size), in which the old columns were taken: Adam's second moment is kept
+    per eigenvector and must be permuted alike.
+    """
+    product = factor @ basis
+    eigenvalues = (basis * product).sum(dim=-2)  # Rayleigh quotients
+    order = eigenvalues.argsort(dim=-1, descending=True)
+    product = product.gather(-1, order.unsqueeze(-2).expand_as(product))
+    return torch.linalg.qr(product).Q, order
+
+
+class SOAP(Optimizer):
+    """SOAP as published, with parameters of one shape stacked and updated in one batched call.
+
+    For a gradient G, (rows, columns), and every matrix-shaped parameter:
+
+        L <- b L + (1 - b) G G^T,   R <- b R + (1 - b) G^T G        Shampoo's factors
+        L = Q_L diag Q_L^T,         R = Q_R diag Q_R^T              refreshed every few steps
+        M <- b1 M + (1 - b1) G                                      first moment, not rotated
+        V <- b2 V + (1 - b2) (Q_L^T G Q_R)^2                        second moment, in the eigenbasis
+        W <- W - lr Q_L [ (Q_L^T M Q_R) / (sqrt(V) + eps) ] Q_R^T   with Adam's bias correction
+
+    The first moment stays in the original basis and is projected at every step, so a refresh
+    needs no rotation of it. Vectors get plain Adam. Weight decay is decoupled (W <- W - lr wd W).
+
+    **The first step** of a parameter only builds L, R and their eigenbases from its gradient
+    (exact eigendecomposition) and leaves the parameter alone, as the published code does.
+
+    Moments, factors and bases are float32 whatever the parameter's dtype (float64 for float64),
+    and the products are taken in full float32, never TF32.
+
+    Args:
+        lr: step size; Adam's range (1e-4 .. 3e-3).
+        betas: decay of the first and second moment.
+        shampoo_beta: decay b of the factors; None takes betas[1].
+        eps: added to sqrt(V).
+        weight_decay: decoupled weight decay.
+        precondition_frequency: steps between two refreshes of the eigenbases. More often costs
+            time and follows the gradients better; published: 10.
+        max_precondition_dim: a side longer than this is not preconditioned (the other still is).
+
+    Raises:
+        ValueError: an option out of range.
+        RuntimeError: a sparse or complex gradient.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.95),
+        shampoo_beta: float | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        precondition_frequency: int = 10,
+        max_precondition_dim: int = 10_000,
+    ):
+        if not lr >= 0:
+            raise ValueError(f"lr must be >= 0, not {lr}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must lie in [0, 1), not {betas}")
+        if shampoo_beta is not None and not 0 <= shampoo_beta < 1:
+            raise ValueError(f"shampoo_beta must lie in [0, 1), not {shampoo_beta}")
+        if not (eps >= 0 and weight_decay >= 0):
+            raise ValueError(f"eps and weight_decay must be >= 0, not {eps} and {weight_decay}")
+        if precondition_frequency < 1 or max_precondition_dim < 1:
+            raise ValueError("precondition_frequency and max_precondition_dim must be >= 1")
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                betas=betas,
+                shampoo_beta=shampoo_beta,
+                eps=eps,
+                weight_decay=weight_decay,
+                precondition_frequency=precondition_frequency,
+                max_precondition_dim=max_precondition_dim,
+            ),
+        )
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient; returns the closure's loss, if any."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")  # TF32 spoils the factors' small eigenvalues
+        try:
+            for group in self.param_groups:
+                alike = defaultdict(list)
+                for p in group["params"]:
+                    if p.grad is None:
+                        continue
+                    if p.grad.is_sparse or p.is_complex():
+                        raise RuntimeError("SOAP takes dense real gradients only")
+                    key = (p.shape, p.dtype, p.device, self.state[p].get("step", 0))
+                    alike[key].append(p)
+                for (*_, step), params in alike.items():
+                    self._step_alike(params, step, group)
+        finally:
+            torch.set_float32_matmul_precision(precision)
+        return loss
+
+    def _step_alike(self, params: list[Tensor], step: int, group: dict) -> None:
+        """One update of parameters of one shape, stacked along a first axis."""
+        states = [self.state[p] for p in params]
+        dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
+        shape = as_matrix_shape(params[0].shape) or (params[0].numel(),)
+        # (batch, rows, columns) for matrices, (batch, size) for vectors
+        G = torch.stack([p.grad.to(dtype) for p in params]).reshape(-1, *shape)
+        sides = (
+            [s for s, size in zip("LR", shape) if size <= group["max_precondition_dim"]]
+            if len(shape) == 2
+            else []
+        )
+        names = ["exp_avg", "exp_avg_sq", *(f"factor_{s}" for s in sides)]
+        bases = [f"basis_{s}" for s in sides]
+        if step == 0:
+            sizes = dict(zip("LR", shape))
+            S = {name: torch.zeros_like(G) for name in names[:2]}
+            S |= {f"factor_{s}": G.new_zeros(len(G), sizes[s], sizes[s]) for s in sides}
+        else:
+            S = {name: torch.stack([state[name] for state in states]) for name in names + bases}
+
+        def project(X: Tensor, back: bool = False) -> Tensor:
+            """Into the eigenbasis, Q_L^T X Q_R, or back out of it, Q_L X Q_R^T."""
+            if "L" in sides:
+                X = (S["basis_L"] if back else S["basis_L"].mT) @ X
+            if "R" in sides:
+                X = X @ (S["basis_R"].mT if back else S["basis_R"])
+            return X
+
+        if step > 0:
+            beta1, beta2 = group["betas"]
+            S["exp_avg"].lerp_(G, 1 - beta1)
+            S["exp_avg_sq"].lerp_(project(G).square(), 1 - beta2)
+            update = project(S["exp_avg"]) / S["exp_avg_sq"].sqrt().add_(group["eps"])
+            update = project(update, back=True)
+            lr = group["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+            updates = [u.view_as(p).to(p.dtype) for u, p in zip(update, params)]
+            torch._foreach_add_(params, updates, alpha=-lr)
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+
+        beta = group["betas"][1] if group["shampoo_beta"] is None else group["shampoo_beta"]
+        for side in sides:
+            gram = G @ G.mT if side == "L" else G.mT @ G
+            factor = S[f"factor_{side}"].lerp_(gram, 1 - beta)
+            if step == 0:
+                S[f"basis_{side}"] = torch.linalg.eigh(factor).eigenvectors.flip(-1)
+            elif step % group["precondition_frequency"] == 0:
+                S[f"basis_{side}"], order = refreshed_basis(factor, S[f"basis_{side}"])
+                axis = -2 if side == "L" else -1
+                order = order.unsqueeze(-1 if side == "L" else -2).expand_as(G)
+                S["exp_avg_sq"] = S["exp_avg_sq"].gather(axis, order)
+
+        for state in states:
+            state["step"] = step + 1
+        refreshed = step % group["precondition_frequency"] == 0
+        for name in names + bases if refreshed else names:
+            if step == 0:
+                for state, value in zip(states, S[name].unbind()):
+                    state[name] = value.clone()  # its own memory, not a view of the whole stack
+            else:
+                torch._foreach_copy_([state[name] for state in states], list(S[name].unbind()))
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As every optimizer's, except that float32 state of bf16 parameters stays float32.
+
+        The base class casts state to the parameter's dtype, which would spoil an exact resume.
+        """
+        super().load_state_dict(state_dict)
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(saved_ids, params):
+            for name, value in state_dict["state"].get(i, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][name] = value.to(p.device, copy=True)

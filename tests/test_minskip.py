@@ -1,0 +1,401 @@
+"""The model and its init, against formulas and against other people's implementations."""
+
+import math
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from common import draw_shapes
+from minskip import (
+    MLP,
+    PRESETS,
+    Attention,
+    Block,
+    ViT,
+    conditioned_init_,
+    haar_orthogonal,
+    orthogonal_mlp_weight,
+    query_key_projections,
+    value_output_projections,
+)
+
+TINY = dict(image_size=16, patch_size=8, num_classes=5, width=24, depth=3, heads=3)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def attention_with(W_Q, W_K, W_V, W_O, heads: int) -> Attention:
+    """Our attention layer with given float64 weights of y = x W, no biases."""
+    attention = Attention(len(W_Q), heads).double()
+    with torch.no_grad():
+        for name, W in dict(W_Q=W_Q, W_K=W_K, W_V=W_V, W_O=W_O).items():
+            getattr(attention, name).weight.copy_(W.T)
+            getattr(attention, name).bias.zero_()
+    return attention
+
+
+def autograd_jacobian(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """d vec(y) / d vec(x), (n d, n d), rows the outputs."""
+    J = torch.autograd.functional.jacobian(lambda x: layer(x[None])[0], x)
+    return J.reshape(x.numel(), x.numel())
+
+
+def random_projections(d: int, seed: int = 0):
+    g = seeded(seed)
+    return [torch.randn(d, d, generator=g, dtype=torch.float64) / math.sqrt(d) for _ in range(4)]
+
+
+# ---- the init's formulas -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [48, 192])
+def test_value_output_product_has_condition_number_one(width):
+    W_V, W_O = value_output_projections(width, c=3.0, generator=seeded())
+    singular = torch.linalg.svdvals(W_V @ W_O)
+    assert torch.allclose(singular, torch.full_like(singular, 9.0), rtol=1e-5)
+
+
+def test_one_head_recovers_alpha_z_plus_beta_i_whole():
+    """With one head nothing is truncated, so Z can be read back: it must be N(0, 1/d)."""
+    d, alpha, beta = 256, 2.0, 0.6
+    W_Q, W_K = query_key_projections(d, 1, alpha, beta, generator=seeded())
+    Z = (W_Q.double() @ W_K.double().T - beta * torch.eye(d)) / alpha
+    assert abs(Z.mean()) < 5 / d / math.sqrt(d)
+    assert Z.std() * math.sqrt(d) == pytest.approx(1, abs=0.02)
+    kurtosis = (Z / Z.std()).pow(4).mean()
+    assert kurtosis == pytest.approx(3, abs=0.1)
+
+
+def test_heads_have_the_law_of_a_dense_svd_per_head():
+    """Rotating one SVD equals, in law, the plain reading: a fresh Z and a dense SVD per head."""
+    d, heads, alpha, beta = 96, 3, 1.0, 1.0
+    d_h = d // heads
+    plain, ours = [], []
+    g = seeded(1)
+    for _ in range(20):
+        W_Q, W_K = query_key_projections(d, heads, alpha, beta, generator=g)
+        for h in range(heads):
+            Z = torch.randn(d, d, generator=g) / math.sqrt(d)
+            U, S, Vh = torch.linalg.svd(alpha * Z + beta * torch.eye(d))
+            plain.append((U[:, :d_h] * S[:d_h]) @ Vh[:d_h])
+            columns = slice(h * d_h, (h + 1) * d_h)
+            ours.append(W_Q[:, columns] @ W_K[:, columns].T)
+    plain, ours = torch.stack(plain), torch.stack(ours)
+    # top singular values, share of the identity, size and symmetry of the rest
+    for statistic in (
+        lambda B: torch.linalg.svdvals(B)[:, :d_h].mean(0),
+        lambda B: B.diagonal(dim1=-2, dim2=-1).mean().reshape(1),
+        lambda B: B.std(dim=(-2, -1)).mean().reshape(1),
+        lambda B: (B * B.mT).sum((-2, -1)).mean().reshape(1),
+    ):
+        assert torch.allclose(statistic(ours), statistic(plain), rtol=0.03)
+    # and the heads of a layer do not share their singular vectors
+    a, b = (torch.linalg.svd(ours[h])[0][:, :d_h] for h in (0, 1))
+    overlap = (a.T @ b).pow(2).mean() * d
+    assert overlap == pytest.approx(1, abs=0.15)
+
+
+def test_query_and_key_share_the_singular_values_evenly():
+    W_Q, W_K = query_key_projections(64, 4, generator=seeded())
+    for h in range(4):
+        q, k = W_Q[:, 16 * h : 16 * (h + 1)], W_K[:, 16 * h : 16 * (h + 1)]
+        assert torch.allclose(q.T @ q, k.T @ k, atol=1e-5)
+        assert torch.allclose(q.T @ q, torch.diag((q.T @ q).diagonal()), atol=1e-5)
+
+
+def test_mlp_weights_are_scale_corrected_orthogonal():
+    up = orthogonal_mlp_weight(48, 192, generator=seeded()).double()
+    down = orthogonal_mlp_weight(192, 48, generator=seeded()).double()
+    assert torch.allclose(up @ up.T, 4 * torch.eye(48).double(), atol=1e-5)
+    assert torch.allclose(down.T @ down, torch.eye(48).double(), atol=1e-5)
+
+
+def test_haar_matrices_are_centred():
+    """Without the sign correction QR would favour one sign of the diagonal."""
+    Q = haar_orthogonal(4000, 3, 3, generator=seeded())
+    assert Q.mean(0).abs().max() < 4 / math.sqrt(3 * 4000)
+
+
+def test_init_is_deterministic_and_respects_dtype():
+    a, b = ViT(**TINY, residual=False), ViT(**TINY, residual=False).to(torch.bfloat16)
+    conditioned_init_(a, generator=seeded(7))
+    conditioned_init_(b, generator=seeded(7))
+    wa, wb = a.blocks[1].attention.W_Q.weight, b.blocks[1].attention.W_Q.weight
+    assert wb.dtype == torch.bfloat16
+    assert torch.equal(wa.bfloat16(), wb)
+    assert not a.blocks[0].attention.W_Q.weight.equal(a.blocks[1].attention.W_Q.weight)
+    assert all(m.bias.abs().max() == 0 for m in a.blocks.modules() if isinstance(m, nn.Linear))
+
+
+@pytest.mark.parametrize(
+    "constants", [dict(c=0.0), dict(alpha=-1.0), dict(alpha=0.0, beta=0.0), dict(beta=math.nan)]
+)
+def test_init_refuses_impossible_constants(constants):
+    with pytest.raises(ValueError, match="alpha|beta|c "):
+        conditioned_init_(ViT(**TINY), **constants)
+
+
+def test_init_refuses_models_it_does_not_know():
+    with pytest.raises(TypeError, match="minskip.ViT"):
+        conditioned_init_(nn.Linear(3, 3))
+
+
+# ---- the attention's Jacobian K: facts of the theory ---------------------------------------------
+
+
+def closed_form_jacobian(x, W_Q, W_K, W_V, W_O, heads):
+    """K of softmax attention, (n d, n d); the derivation is the comment at each line.
+
+    Per head, B = W_Q W_K^T / sqrt(d_h), P = softmax(x B x^T), Y = x W_V W_O.
+    """
+    n, d = x.shape
+    d_h = d // heads
+    K = torch.zeros(n, d, n, d, dtype=x.dtype)
+    for h in range(heads):
+        s = slice(h * d_h, (h + 1) * d_h)
+        B = W_Q[:, s] @ W_K[:, s].T / math.sqrt(d_h)
+        P = (x @ B @ x.T).softmax(-1)
+        V = W_V[:, s] @ W_O[s]
+        Y = x @ V
+        PX, PY = P @ x, P @ Y
+        for a in range(n):
+            # value: dy_a / dx_b = P_ab V
+            K[a] += torch.einsum("b,ij->jbi", P[a], V)
+            # query: dy_a / dx_a += B (sum_b P_ab x_b Y_b^T - (PX)_a (PY)_a^T)
+            centred = torch.einsum("b,bi,bj->ij", P[a], x, Y) - torch.outer(PX[a], PY[a])
+            K[a, :, a, :] += (B @ centred).T
+            # key: dy_a / dx_c += P_ac (B^T x_a) (Y_c - (PY)_a)^T
+            K[a] += torch.einsum("c,i,cj->jci", P[a], B.T @ x[a], Y - PY[a])
+    return K.reshape(n * d, n * d)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_closed_form_jacobian_equals_autograd(heads):
+    d = 12
+    weights = random_projections(d)
+    x = torch.randn(5, d, generator=seeded(1), dtype=torch.float64)
+    K = autograd_jacobian(attention_with(*weights, heads), x)
+    assert (K - closed_form_jacobian(x, *weights, heads)).abs().max() < 1e-12
+
+
+def test_one_token_attends_to_itself():
+    W_Q, W_K, W_V, W_O = random_projections(16)
+    x = torch.randn(1, 16, generator=seeded(), dtype=torch.float64)
+    K = autograd_jacobian(attention_with(W_Q, W_K, W_V, W_O, 2), x)
+    assert (K - (W_V @ W_O).T).abs().max() < 1e-12
+
+
+def uniform_attention_jacobian(d=24, n=6, c=3.0):
+    """K at W_Q = 0 (uniform attention) and W_V W_O = c^2 orthogonal."""
+    W_V, W_O = (c * torch.linalg.qr(w).Q for w in random_projections(d)[:2])
+    W_Q, W_K = torch.zeros(d, d, dtype=torch.float64), random_projections(d)[3]
+    x = torch.randn(n, d, generator=seeded(2), dtype=torch.float64)
+    return autograd_jacobian(attention_with(W_Q, W_K, W_V, W_O, 3), x), W_V @ W_O, d, c
+
+
+def test_uniform_attention_has_rank_d():
+    """Of n d directions only d survive: why a skipless block is ill-conditioned."""
+    K, _, d, c = uniform_attention_jacobian()
+    singular = torch.linalg.svdvals(K)
+    assert (singular[:d] - c**2).abs().max() < 1e-10
+    assert singular[d:].max() < 1e-10
+    assert (K**2).sum().item() == pytest.approx(c**4 * d, rel=1e-10)
+
+
+def test_a_skip_lifts_the_lost_directions_to_one():
+    K, W, d, _ = uniform_attention_jacobian()
+    singular = torch.linalg.svdvals(K + torch.eye(len(K)))
+    expected = torch.linalg.svdvals(torch.eye(d) + W)
+    assert singular.max().item() == pytest.approx(max(expected.max().item(), 1), rel=1e-9)
+    assert singular.min().item() == pytest.approx(min(expected.min().item(), 1), rel=1e-9)
+
+
+def test_layernorm_loses_two_directions_a_token():
+    d = 32
+    x = torch.randn(1, d, generator=seeded(), dtype=torch.float64) * 3 + 1
+    norm = nn.LayerNorm(d, eps=0.0).double()
+    singular = torch.linalg.svdvals(autograd_jacobian(norm, x))
+    sd = x.std(correction=0)
+    assert (singular[: d - 2] - 1 / sd).abs().max() < 1e-10
+    assert singular[d - 2 :].max() < 1e-10
+
+
+# ---- tokens at initialisation --------------------------------------------------------------------
+
+
+def correlation(x: torch.Tensor) -> float:
+    """Mean cosine between two different tokens, (n, d)."""
+    x = nn.functional.normalize(x, dim=-1)
+    n = len(x)
+    return ((x @ x.T).sum().item() - n) / (n * (n - 1))
+
+
+def test_gelu_alone_correlates_independent_tokens():
+    """One orthogonal MLP takes uncorrelated tokens to (E gelu)^2 / E gelu^2 = 0.187."""
+    d = 384
+    mlp = MLP(d, 4 * d)
+    with torch.no_grad():
+        for fc in (mlp.fc1, mlp.fc2):
+            fc.weight.copy_(orthogonal_mlp_weight(fc.in_features, fc.out_features).T)
+            fc.bias.zero_()
+        x = torch.randn(64, d, generator=seeded())
+        assert correlation(mlp(x)) == pytest.approx(0.18714, abs=0.03)
+
+
+def test_default_logits_are_small():
+    """Their standard deviation is d std^2 before the division by sqrt(d_h): uniform attention."""
+    d, std = 384, 0.02
+    torch.manual_seed(0)
+    attention = Attention(d, 1)
+    for W in (attention.W_Q, attention.W_K):
+        nn.init.normal_(W.weight, std=std)
+        nn.init.zeros_(W.bias)
+    x = torch.randn(256, d)
+    with torch.no_grad():
+        logits = attention.W_Q(x) @ attention.W_K(x).T / math.sqrt(d)
+    assert logits.std().item() == pytest.approx(d * std**2, rel=0.05)
+
+
+def test_one_default_attention_layer_leaves_no_token_differences():
+    """1 - correlation falls to about s^2 (1 + n/d), s = d std^2: the reason --init exists."""
+    n, d, std = 64, 384, 0.02
+    torch.manual_seed(0)
+    attention = Attention(d, 1)
+    for W in (attention.W_Q, attention.W_K, attention.W_V, attention.W_O):
+        nn.init.normal_(W.weight, std=std)
+        nn.init.zeros_(W.bias)
+    with torch.no_grad():
+        lost = [1 - correlation(attention(torch.randn(1, n, d))[0]) for _ in range(10)]
+    s = d * std**2
+    assert sum(lost) / 10 == pytest.approx(s**2 * (1 + n / d), rel=0.2)
+
+
+def test_default_init_loses_the_tokens_at_once_and_the_conditioned_one_later():
+    """Two blocks suffice for the default init; the published constants last about eight (L = 12).
+
+    That they do not last longer is a fact about them, and shown here as one.
+    """
+    images, _, _ = draw_shapes([0], 32, "train")
+    after = {}
+    for init in ("default", "conditioned"):
+        torch.manual_seed(0)
+        model = ViT(32, 8, 10, **PRESETS["nano"], residual=False, position_std=0.5)
+        if init == "conditioned":
+            conditioned_init_(model)
+        with torch.no_grad():
+            tokens = model.forward_features(images / 127.5 - 1, [1, 2, 12])
+        after[init] = [correlation(t[0]) for t in tokens]
+    assert after["default"][0] > 0.99 and after["default"][1] > 0.999999
+    assert after["conditioned"][0] < 0.5 and after["conditioned"][1] < 0.8
+    assert after["conditioned"][2] > 0.99
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset, name", [("tiny", "vit_tiny"), ("small", "vit_small")])
+def test_residual_vit_equals_timm(preset, name):
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model(f"{name}_patch16_224", pretrained=False).eval()
+    ours = ViT(224, 16, 1000, **PRESETS[preset]).eval()
+    renamed = {
+        "cls_token": "class_token",
+        "pos_embed": "position_embedding",
+        "patch_embed.proj": "patch_embedding",
+        "attn.proj": "attention.W_O",
+    }
+    weights = {}
+    with torch.no_grad():
+        for p in theirs.parameters():  # timm's zero biases and unit norms would hide mistakes
+            p.add_(0.02 * torch.randn_like(p))
+    for name, value in theirs.state_dict().items():
+        if ".attn.qkv." in name:
+            for part, letter in zip(value.chunk(3), "QKV"):
+                weights[name.replace("attn.qkv", f"attention.W_{letter}")] = part
+            continue
+        for old, new in renamed.items():
+            name = name.replace(old, new)
+        weights[name] = value
+    ours.load_state_dict(weights)
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        assert (ours(images) - theirs(images)).abs().max() < 1e-5
+
+
+def test_the_skip_is_the_only_difference():
+    """residual = r gives r x + f(x) twice; 0 gives the bare sub-blocks."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 24)
+    for r in (0, 0.5, 1):
+        block = Block(24, 3, 4.0, residual=r)
+        y = r * x + block.attention(block.norm1(x))
+        y = r * y + block.mlp(block.norm2(y))
+        assert torch.allclose(block(x), y, atol=1e-6)
+
+
+def test_features_after_chosen_blocks():
+    model = ViT(**TINY)
+    images = torch.randn(2, 3, 16, 16)
+    embedded, last, first = model.forward_features(images, [0, 3, 1])
+    assert torch.equal(embedded, model.embed(images))
+    assert torch.equal(model.blocks[0](embedded), first)
+    assert torch.equal(model.norm(last), model.forward_features(images))
+    with pytest.raises(ValueError, match=r"0\.\.3"):
+        model.forward_features(images, [4])
+
+
+@pytest.mark.parametrize("pool, tokens", [("cls", 5), ("mean", 4)])
+def test_pooling_and_other_image_sizes(pool, tokens):
+    model = ViT(**TINY, pool=pool)
+    assert model.forward_features(torch.randn(1, 3, 16, 16)).shape == (1, tokens, 24)
+    wide = torch.randn(1, 3, 16, 40)
+    assert model.forward_features(wide).shape == (1, 10 + (pool == "cls"), 24)
+    assert model(wide).shape == (1, 5)
+
+
+def test_position_embedding_is_resized_like_an_image():
+    model = ViT(32, 8, 5, width=24, depth=1, heads=3)
+    with torch.no_grad():  # a linear ramp stays a ramp under bicubic interpolation
+        ramp = torch.arange(4.0)[:, None].expand(4, 4).reshape(16, 1)
+        model.position_embedding[:, 1:] = ramp
+        resized = model.positions(8, 8)[0, 1:].reshape(8, 8, 24)
+    assert torch.allclose(resized[:, 0], resized[:, 7])
+    assert (resized[2:6, 0, 0].diff() - 0.5).abs().max() < 0.05
+
+
+def test_drop_path_drops_whole_updates_and_only_in_training():
+    torch.manual_seed(0)
+    block = Block(24, 3, 4.0, residual=True, drop_path=0.999)
+    x = torch.randn(8, 4, 24)
+    assert torch.equal(block.train()(x), x)
+    assert not torch.allclose(block.eval()(x), x)
+
+
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        (dict(image_size=17), "patch size must divide"),
+        (dict(heads=5), "heads must divide width"),
+        (dict(pool="max"), "pool"),
+        (dict(residual=2.0), "residual"),
+        (dict(residual=False, drop_path=0.1), "drop_path needs a skip"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(bad, words):
+    with pytest.raises(ValueError, match=words):
+        ViT(**{**TINY, **bad})
+    with pytest.raises(ValueError, match="patch size must divide"):
+        ViT(**TINY)(torch.zeros(1, 3, 16, 20))
+
+
+def test_base_init_takes_seconds():
+    """No timed assertion; the figure is in the README. This only shows that the sizes work."""
+    model = ViT(**PRESETS["base"] | dict(depth=1), residual=False)
+    started = time.time()
+    conditioned_init_(model)
+    print(f"one block of ViT-B: {time.time() - started:.2f} s")
+    assert torch.linalg.svdvals(model.blocks[0].attention.W_V.weight).min() > 2.99

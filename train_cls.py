@@ -1,0 +1,619 @@
+"""Train a Vision Transformer with labels, with or without skip connections.
+
+    python train_cls.py --skipless                      the demo: CPU, no data, about 3 minutes
+    python train_cls.py --skipless --data /imagenet     the paper's recipe: ViT-B/16, 300 epochs
+    python train_cls.py --data /imagenet                the same network with its skips
+
+DATA holds train/<class>/* and val/<class>/*. Without --data the images are drawn (`common.Shapes`).
+Each run writes a folder: log.jsonl (a line an epoch), curves.png (this run and its siblings),
+last.pt (the result) and best.pt (the epoch that did best on val: optimistic, do not report it).
+`torchrun --nproc-per-node=N train_cls.py ...` trains on N GPUs, or on N CPU processes.
+Numbers measured with each command, and on what hardware: README, "Results".
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.transforms import InterpolationMode, v2
+from tqdm import tqdm
+
+import common
+from minskip import PRESETS, ViT, conditioned_init_
+from soap import SOAP
+
+# --------------------------------------------------------------------------------------------------
+# Settings: what each flag is when it is not given
+# --------------------------------------------------------------------------------------------------
+
+#                     demo    folder      (demo: Shapes; folder: --data, ImageNet in mind)
+DEFAULTS = {
+    "model":          ("nano", "base"),
+    "image_size":     (32,     224),
+    "patch_size":     (8,      16),
+    "position_std":   (0.5,    0.02),
+    "epochs":         (4,      300),
+    "warmup_epochs":  (0.5,    5),
+    "batch_size":     (64,     1024),
+    "weight_decay":   (0.01,   0.05),
+    "label_smoothing": (0.0,   0.1),
+    "mixup":          (0.0,    0.8),
+    "cutmix":         (0.0,    1.0),
+    "clip_grad":      (1.0,    1.0),
+    "ema":            (0.0,    0.0),
+    "opt":            ("soap", "soap"),
+    "seed":           (0,      0),
+    "grad_accum":     (1,      1),
+    "amp":            ("auto", "auto"),
+    "device":         ("auto", "auto"),
+}  # fmt: skip
+#                     residual  skipless
+DROP_PATH =           (0.1,     0.0)  # with --data; in the demo 0 for both  # fmt: skip
+#                     residual  skipless                residual  skipless
+LEARNING_RATE = {     # demo                            # folder
+    "soap":          ((5e-3,    5e-3),                  (3e-3,    1e-3)),
+    "adamw":         ((2e-3,    3e-4),                  (1e-3,    2e-4)),
+    "muon":          ((2e-3,    1e-3),                  (1e-3,    5e-4)),
+}  # fmt: skip
+CONDITIONED_INIT = (
+    dict(alpha=0.7, beta=1.0, c=3.0),  # demo: more identity, as (2, 0.6) learns slowly at this size
+    dict(alpha=2.0, beta=0.6, c=3.0),  # folder: the paper's constants for ViT-B with labels
+)
+
+SHAPES_TRAIN, SHAPES_VAL = 20_000, 2_000
+
+# Flags that may differ between a run and its continuation without changing its result.
+FREE_TO_CHANGE = {"data", "out", "device", "workers", "compile", "resume", "eval"}
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Flags as given; those not given are None, and `settle` fills them in."""
+    p = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    demo, folder = (lambda name: DEFAULTS[name][0]), (lambda name: DEFAULTS[name][1])
+
+    def add(flag: str, help: str, **kind) -> None:
+        name = flag[2:].replace("-", "_")
+        if name in DEFAULTS:
+            a, b = demo(name), folder(name)
+            help += f" [{a}]" if a == b else f" [demo {a}, --data {b}]"
+        p.add_argument(flag, help=help, default=None, **kind)
+
+    run = dict(action="store_true")
+    add("--data", "folder with train/<class>/* and val/<class>/*; left out: images are drawn")
+    add("--out", "folder of this run's files [runs/cls-..., named after the settings]")
+    add("--model", "width and depth; nano is for CPUs", choices=list(PRESETS))
+    add("--skipless", "train without skip connections", **run)
+    add(
+        "--init",
+        "weights a skipless network starts from; default: the usual std 0.02, which "
+        "leaves it untrainable [conditioned with --skipless, default without]",
+        choices=["conditioned", "default"],
+    )
+    add(
+        "--alpha",
+        "conditioned init, weight of the random part of W_Q W_K^T, 0.5 .. 2; too large: "
+        "attention starts as one-hot at random places [demo 0.7, --data 2.0]",
+        type=float,
+    )
+    add(
+        "--beta",
+        "conditioned init, weight of the identity in W_Q W_K^T, 0.5 .. 2; too small: "
+        "tokens blur into one another with depth [demo 1.0, --data 0.6]",
+        type=float,
+    )
+    add(
+        "--c",
+        "conditioned init, scale of W_V and W_O, 1 .. 3; smaller makes every step relatively "
+        "larger [3.0]",
+        type=float,
+    )
+    add(
+        "--position-std",
+        "standard deviation of the position embedding at the start, 0.02 .. 1",
+        type=float,
+    )
+    add(
+        "--opt",
+        "optimizer; soap is the paper's and matters without skips; muon is used for the "
+        "blocks' matrices, adamw for the rest",
+        choices=["soap", "adamw", "muon"],
+    )
+    add(
+        "--lr",
+        "peak learning rate; a skipless network wants a third to a tenth of a residual "
+        "one's: too large and the loss stays flat at its first value [by optimizer, 2e-4 .. 3e-3]",
+        type=float,
+    )
+    add("--weight-decay", "decoupled; not on biases, norms and embeddings; 0 .. 0.1", type=float)
+    add("--batch-size", "images a step, over all processes and accumulated parts", type=int)
+    add("--grad-accum", "parts a batch is computed in; raise it when memory runs out", type=int)
+    add("--epochs", "passes over the training images", type=int)
+    add(
+        "--warmup-epochs",
+        "epochs over which the learning rate rises; fractions are fine; too "
+        "short: the loss jumps in the first steps",
+        type=float,
+    )
+    add("--image-size", "side of the images, pixels", type=int)
+    add("--patch-size", "side of a patch, pixels; halving it makes four times the tokens", type=int)
+    add("--depth", "number of blocks [the model's]", type=int)
+    add(
+        "--drop-path",
+        "stochastic depth of the last block, only with skips [demo 0, --data 0.1]",
+        type=float,
+    )
+    add("--mixup", "alpha of MixUp's beta distribution; 0 is off", type=float)
+    add("--cutmix", "alpha of CutMix's; 0 is off, with both on each batch takes one", type=float)
+    add("--label-smoothing", "share of the target spread over all classes, 0 .. 0.2", type=float)
+    add("--clip-grad", "largest norm of the whole gradient; 0 is off", type=float)
+    add(
+        "--ema",
+        "decay of averaged weights, which are then what val measures; 0 is off, 0.9999 "
+        "usual for long runs",
+        type=float,
+    )
+    add("--workers", "processes that load images [demo 0, --data up to 8]", type=int)
+    add("--compile", "torch.compile: faster after a minute or two of compiling", **run)
+    add("--amp", "bf16 autocast; auto: on GPUs that support it", choices=["auto", "bf16", "off"])
+    add("--device", "auto, cpu, cuda or cuda:N")
+    add("--seed", "of weights, order, augmentation and drop-path", type=int)
+    add(
+        "--resume",
+        "continue the run of this checkpoint exactly; its settings are kept",
+        metavar="CKPT",
+    )
+    add(
+        "--eval",
+        "measure this checkpoint on val and stop; the network is rebuilt from the file",
+        metavar="CKPT",
+    )
+    return p.parse_args()
+
+
+def settle(given: argparse.Namespace, stored: dict | None) -> argparse.Namespace:
+    """The effective settings: as given, else as stored in a checkpoint, else by default.
+
+    Ends the program when a flag contradicts the checkpoint or another flag.
+    """
+    explicit = {name: value for name, value in vars(given).items() if value is not None}
+    if stored is not None:
+        for name, value in explicit.items():
+            if name not in FREE_TO_CHANGE and value != stored.get(name):
+                flag = "--" + name.replace("_", "-")
+                common.fail(
+                    f"{flag} {value} contradicts the checkpoint, trained with {stored.get(name)}; "
+                    f"leave {flag} out"
+                )
+        return argparse.Namespace(**{**vars(given), **stored, **explicit})
+
+    folder = "data" in explicit
+    settings = {name: values[folder] for name, values in DEFAULTS.items()}
+    settings |= explicit
+    skipless = bool(settings.get("skipless"))
+    settings["skipless"], settings["compile"] = skipless, bool(settings.get("compile"))
+    settings.setdefault("init", "conditioned" if skipless else "default")
+    settings.setdefault("drop_path", DROP_PATH[skipless] if folder else 0.0)
+    settings.setdefault("lr", LEARNING_RATE[settings["opt"]][folder][skipless])
+    settings.setdefault("depth", PRESETS[settings["model"]]["depth"])
+    settings.setdefault("workers", min(8, os.cpu_count() or 1) if folder else 0)
+    constants = CONDITIONED_INIT[folder]
+    if settings["init"] == "conditioned":
+        settings = {**constants, **settings}
+    elif useless := [f"--{name}" for name in constants if name in explicit]:
+        common.fail(f"{' and '.join(useless)} set the conditioned init; add --init conditioned")
+    args = argparse.Namespace(**{**vars(given), **settings})
+
+    positive = ["image_size", "patch_size", "depth", "batch_size", "grad_accum", "epochs", "lr"]
+    for name in positive:
+        if not getattr(args, name) > 0:
+            common.fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    for name in ("weight_decay", "warmup_epochs", "mixup", "cutmix", "clip_grad", "position_std",
+                 "workers", "seed"):  # fmt: skip
+        if not getattr(args, name) >= 0:
+            common.fail(f"--{name.replace('_', '-')} must not be negative: {getattr(args, name)}")
+    for name in ("label_smoothing", "ema", "drop_path"):
+        if not 0 <= getattr(args, name) < 1:
+            common.fail(f"--{name.replace('_', '-')} must lie in [0, 1): {getattr(args, name)}")
+    if args.drop_path and skipless:
+        common.fail("--drop-path needs skip connections: leave it out with --skipless")
+    if args.warmup_epochs >= args.epochs:
+        common.fail(
+            f"--warmup-epochs {args.warmup_epochs} must be less than --epochs {args.epochs}"
+        )
+    return args
+
+
+# --------------------------------------------------------------------------------------------------
+# Data
+# --------------------------------------------------------------------------------------------------
+
+# ImageNet's channel statistics, used for every data set here. Images stay uint8 until they are on
+# the device: a quarter of the traffic.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """(batch, 3, height, width) uint8 -> float32 with about zero mean and unit variance."""
+    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (MEAN, STD))
+    return (images.float() / 255 - mean) / std
+
+
+def augmentations(size: int, drawn: bool) -> tuple[v2.Transform, v2.Transform]:
+    """(training, validation) transforms to uint8 tensors of size x size."""
+    if drawn:  # a turned-over disc is a disc; the drawings are of the right size already
+        return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()]), v2.Identity()
+    grey = [round(255 * m) for m in MEAN]  # zero once normalised
+    train = v2.Compose(
+        [
+            v2.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip(),
+            v2.RandAugment(num_ops=2, magnitude=9, fill=grey),
+            v2.PILToTensor(),
+            v2.RandomErasing(p=0.25, value=grey),
+        ]
+    )
+    # ImageNet practice cuts the middle 7/8 out; of images hardly larger than `size` keep all.
+    resized = round(size / 0.875) if size >= 128 else size
+    val = v2.Compose(
+        [
+            v2.Resize(resized, interpolation=InterpolationMode.BICUBIC),
+            v2.CenterCrop(size),
+            v2.PILToTensor(),
+        ]
+    )
+    return train, val
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader, device: torch.device, amp: str) -> dict:
+    """Mean cross-entropy and top-1 and top-5 accuracy in percent, over all processes' images."""
+    model.eval()
+    totals = torch.zeros(4, device=device)  # images, loss, top-1 hits, top-5 hits
+    for images, labels in tqdm(loader, "val", disable=None, leave=False):
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        with common.autocast(device, amp):
+            logits = model(normalise(images)).float()
+        best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        count = torch.tensor(float(len(labels)), device=device)
+        totals += torch.stack([count, loss, best[:, 0].sum(), best.sum()])
+    if dist.is_initialized():
+        dist.all_reduce(totals)
+    count, loss, top1, top5 = totals.tolist()
+    return dict(val_loss=loss / count, top1=100 * top1 / count, top5=100 * top5 / count)
+
+
+# --------------------------------------------------------------------------------------------------
+# Optimizers
+# --------------------------------------------------------------------------------------------------
+
+
+def build_optimizers(model: ViT, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """One optimizer, or two for muon. Biases, norms and embeddings are not decayed."""
+    matrices, plain = [], []
+    for name, p in model.named_parameters():
+        decayed = p.ndim > 1 and name not in ("class_token", "position_embedding")
+        (matrices if decayed else plain).append(p)
+    groups = [
+        dict(params=matrices, weight_decay=args.weight_decay),
+        dict(params=plain, weight_decay=0.0),
+    ]
+    if args.opt == "soap":
+        return [SOAP(groups, lr=args.lr)]
+    if args.opt == "adamw":
+        return [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)]
+    hidden = [p for p in model.blocks.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in hidden}
+    groups[0]["params"] = [p for p in matrices if id(p) not in chosen]
+    return [
+        # match_rms_adamw: steps as large as AdamW's, so that one learning rate serves both
+        torch.optim.Muon(
+            hidden, lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True),
+    ]
+
+
+def warmup_cosine(optimizer, warmup_steps: int, steps: int) -> SequentialLR:
+    """Linear rise over warmup_steps, then half a cosine down to zero at `steps`."""
+    cosine = CosineAnnealingLR(optimizer, T_max=steps - warmup_steps)
+    if warmup_steps == 0:
+        return cosine
+    rise = LinearLR(optimizer, start_factor=1 / warmup_steps, total_iters=warmup_steps - 1)
+    return SequentialLR(optimizer, [rise, cosine], milestones=[warmup_steps])
+
+
+# --------------------------------------------------------------------------------------------------
+# The run
+# --------------------------------------------------------------------------------------------------
+
+
+def run_folder(args: argparse.Namespace) -> Path:
+    """--out, which must not hold another run; or else a free name under runs/."""
+    if args.out is not None:
+        if (Path(args.out) / "last.pt").exists():
+            common.fail(f"--out {args.out} holds a run already; --resume it or name another folder")
+        return Path(args.out)
+    kind = f"skipless-{args.init}" if args.skipless else "residual"
+    stem = f"cls-{args.model}-{kind}-{args.opt}"
+    number = 1
+    while True:
+        suffix = "" if number == 1 else f"-run{number}"
+        out = Path("runs") / f"{stem}{suffix}-seed{args.seed}"
+        if not (out / "last.pt").exists():
+            return out
+        number += 1
+
+
+def main() -> None:
+    given = parse_arguments()
+    if given.resume and given.eval:
+        common.fail("--resume and --eval exclude each other; choose one")
+    path = given.resume or given.eval
+    checkpoint = common.load_checkpoint(path, "train_cls") if path else None
+    args = settle(given, checkpoint["args"] if checkpoint else None)
+    stop = common.StopSignal()
+    device, rank, world = common.start_processes(args.device)
+    main_process = rank == 0
+    say = print if main_process else (lambda *_, **__: None)
+
+    # ---- data ------------------------------------------------------------------------------------
+    if args.data is None:
+        train_set = common.Shapes("train", SHAPES_TRAIN, args.image_size)
+        val_set = common.Shapes("val", SHAPES_VAL, args.image_size)
+        data_name = "Shapes"
+    else:
+        train_set, val_set = common.image_folders(args.data)
+        data_name = args.data
+    classes = train_set.classes
+    if checkpoint and checkpoint["classes"] != classes:
+        common.fail(f"{data_name} has other classes than checkpoint {path} was trained on")
+    part, rest = divmod(args.batch_size, world * args.grad_accum)
+    if rest or not part:
+        common.fail(
+            f"--batch-size {args.batch_size} must be a multiple of processes x --grad-accum = "
+            f"{world} x {args.grad_accum}"
+        )
+    if args.batch_size > len(train_set):
+        common.fail(
+            f"--batch-size {args.batch_size} exceeds the {len(train_set)} training images of "
+            f"{data_name}; make it smaller"
+        )
+    to_train, to_val = augmentations(args.image_size, drawn=args.data is None)
+    train_batches = common.Batches(len(train_set), args.batch_size, args.seed, True, rank, world)
+    val_batches = common.Batches(len(val_set), max(args.batch_size, 256), 0, False, rank, world)
+    train_loader = common.make_loader(
+        common.Seeded(train_set, to_train), train_batches, args.workers, device
+    )
+    val_loader = common.make_loader(
+        common.Seeded(val_set, to_val), val_batches, args.workers, device
+    )
+
+    # ---- model -----------------------------------------------------------------------------------
+    torch.manual_seed(args.seed)
+    if checkpoint:
+        model = ViT(**checkpoint["model_config"])
+    else:
+        try:
+            shape = PRESETS[args.model] | dict(depth=args.depth)
+            model = ViT(
+                args.image_size,
+                args.patch_size,
+                len(classes),
+                **shape,
+                residual=not args.skipless,
+                position_std=args.position_std,
+                drop_path=args.drop_path,
+            )
+            if args.init == "conditioned":
+                conditioned_init_(model, args.alpha, args.beta, args.c)
+        except ValueError as error:
+            common.fail(str(error))
+    model.to(device)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
+    measured = ema or model
+    kind = f"skipless, {args.init} init" if args.skipless else f"residual, {args.init} init"
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    say(f"model   ViT {args.model}, {args.depth} blocks, {parameters:.2f} M parameters, {kind}")
+    say(
+        f"data    {data_name}: {len(train_set)} train, {len(val_set)} val, {len(classes)} classes, "
+        f"{args.image_size} px in patches of {args.patch_size}"
+    )
+
+    if args.eval:
+        if ema:
+            ema.load_state_dict(checkpoint["ema"])
+        model.load_state_dict(checkpoint["model"])
+        result = evaluate(measured, val_loader, device, args.amp)
+        say(
+            f"top-1 {result['top1']:.1f} %  top-5 {result['top5']:.1f} %  "
+            f"({args.eval}, epoch {checkpoint['epoch']})"
+        )
+        return
+
+    # ---- optimizer, schedule, resume -------------------------------------------------------------
+    optimizers = build_optimizers(model, args)
+    steps_an_epoch = len(train_batches)
+    warmup_steps = round(args.warmup_epochs * steps_an_epoch)
+    schedules = [warmup_cosine(o, warmup_steps, args.epochs * steps_an_epoch) for o in optimizers]
+    mixes = []
+    if args.mixup:
+        mixes.append(v2.MixUp(alpha=args.mixup, num_classes=len(classes)))
+    if args.cutmix:
+        mixes.append(v2.CutMix(alpha=args.cutmix, num_classes=len(classes)))
+    mix = v2.RandomChoice(mixes) if mixes else None
+
+    history, first_epoch, first_step, seconds = [], 0, 0, 0.0
+    loss_sum = torch.zeros((), device=device)  # of this process, over the epoch's steps
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        if ema:
+            ema.load_state_dict(checkpoint["ema"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        for schedule, state in zip(schedules, checkpoint["schedules"], strict=True):
+            schedule.load_state_dict(state)
+        history, first_epoch = checkpoint["history"], checkpoint["epoch"]
+        first_step, seconds = checkpoint["step"], checkpoint["seconds"]
+        loss_sum += checkpoint["loss_sum"]
+        out = Path(args.out) if given.out else Path(args.resume).parent
+        say(f"resume  {args.resume} at epoch {first_epoch}, step {first_step}")
+    else:
+        out = run_folder(args)
+    if main_process:
+        out.mkdir(parents=True, exist_ok=True)
+    say(
+        f"train   {args.epochs} epochs of {steps_an_epoch} steps of {args.batch_size}, {args.opt}, "
+        f"lr {args.lr:g}, weight decay {args.weight_decay:g}, on {device} x {world}, "
+        f"{'bf16' if common.autocast(device, args.amp)._enabled else 'float32'}"
+    )
+    say(f"files   {out}")
+    stored_args = {k: v for k, v in vars(args).items() if k not in ("resume", "eval")}
+    say("flags   " + " ".join(f"{k}={v}" for k, v in sorted(stored_args.items())))
+
+    network = torch.compile(model) if args.compile else model
+    if world > 1:
+        network = DistributedDataParallel(
+            network, device_ids=[device.index] if device.type == "cuda" else None
+        )
+
+    def save(name: str, epoch: int, step: int) -> None:
+        if main_process:
+            common.save_checkpoint(
+                out / name,
+                script="train_cls",
+                args=stored_args,
+                classes=classes,
+                model_config=model.config,
+                model=model.state_dict(),
+                ema=ema.state_dict() if ema else None,
+                optimizers=[o.state_dict() for o in optimizers],
+                schedules=[s.state_dict() for s in schedules],
+                history=history,
+                epoch=epoch,
+                step=step,
+                seconds=seconds + time.time() - started,
+                loss_sum=float(loss_sum),
+            )
+
+    def stop_if_not_finite(value: float, what: str, epoch: int, step: int) -> None:
+        if not math.isfinite(value):
+            kept = (
+                f"{out / 'last.pt'} is kept" if (out / "last.pt").exists() else "nothing saved yet"
+            )
+            common.fail(
+                f"{what} is {value} at epoch {epoch + 1}, step {step + 1}, lr "
+                f"{optimizers[0].param_groups[0]['lr']:.2g}; {kept}. Usual causes: --lr too large, "
+                f"--warmup-epochs too short, --clip-grad off",
+                code=1,
+            )
+
+    # ---- training --------------------------------------------------------------------------------
+    # Reading a number off the GPU waits for it, so the loss is looked at now and then only.
+    look_every = 1 if device.type == "cpu" else 20
+    started = time.time()
+    for epoch in range(first_epoch, args.epochs):
+        model.train()
+        train_batches.epoch, train_batches.first = epoch, first_step
+        epoch_started = time.time()
+        bar = tqdm(
+            train_loader,
+            f"epoch {epoch + 1}/{args.epochs}",
+            steps_an_epoch,
+            initial=first_step,
+            unit_scale=args.batch_size,
+            unit=" images",
+            disable=None if main_process else True,
+            leave=False,
+        )
+        for step, (images, labels) in enumerate(bar, start=first_step):
+            # MixUp, CutMix and drop-path of this step; offset by the epochs, apart from the images'
+            torch.manual_seed(common.mixed_seed(args.seed, epoch, step, rank))
+            images = normalise(images.to(device, non_blocking=True))
+            labels = labels.to(device, non_blocking=True)
+            if mix is not None:
+                images, labels = mix(images, labels)
+            for i in range(args.grad_accum):
+                mine = slice(i * part, (i + 1) * part)
+                waits = world > 1 and i + 1 < args.grad_accum
+                with network.no_sync() if waits else contextlib.nullcontext():
+                    with common.autocast(device, args.amp):
+                        logits = network(images[mine])
+                        loss = F.cross_entropy(
+                            logits.float(), labels[mine], label_smoothing=args.label_smoothing
+                        )
+                    (loss / args.grad_accum).backward()
+                loss_sum += loss.detach() / args.grad_accum
+            if args.clip_grad:
+                nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+            last = step + 1 == steps_an_epoch
+            if last or (step + 1) % look_every == 0:
+                mean_loss = float(loss_sum) / (step + 1)
+                stop_if_not_finite(mean_loss, "the loss", epoch, step)
+                bar.set_postfix(loss=f"{mean_loss:.3f}", lr=f"{schedules[0].get_last_lr()[0]:.1e}")
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            for schedule in schedules:
+                schedule.step()
+            if ema:
+                ema.update_parameters(model)
+            if not last and (step + 1) % look_every == 0 and (number := stop.requested(device)):
+                bar.close()
+                save("last.pt", epoch, step + 1)
+                say(
+                    f"stopped at epoch {epoch + 1}, step {step + 1}; continue with "
+                    f"--resume {out / 'last.pt'}"
+                )
+                raise SystemExit(128 + number)
+
+        # ---- end of an epoch ---------------------------------------------------------------------
+        if dist.is_initialized():
+            dist.all_reduce(loss_sum)
+        train_loss = float(loss_sum) / (steps_an_epoch * world)
+        loss_sum.zero_()
+        rate = (steps_an_epoch - first_step) * args.batch_size / (time.time() - epoch_started)
+        first_step = 0
+        row = dict(epoch=epoch + 1, train_loss=train_loss)
+        row |= evaluate(measured, val_loader, device, args.amp)
+        stop_if_not_finite(row["val_loss"], "the validation loss", epoch, steps_an_epoch - 1)
+        minutes = (seconds + time.time() - started) / 60
+        row |= dict(lr=schedules[0].get_last_lr()[0], images_per_s=round(rate, 1))
+        row |= dict(minutes=round(minutes, 3))
+        history.append(row)
+        say(
+            f"epoch {epoch + 1:3d}  loss {train_loss:.3f}  val loss {row['val_loss']:.3f}  top-1 "
+            f"{row['top1']:.1f} %  top-5 {row['top5']:.1f} %  {rate:.0f} images/s"
+        )
+        save("last.pt", epoch + 1, 0)
+        if row["top1"] >= max(r["top1"] for r in history):
+            save("best.pt", epoch + 1, 0)
+        if main_process:
+            common.write_log(out / "log.jsonl", history)
+            common.plot_curves(out, dict(train_loss="training loss", top1="val top-1, %"))
+
+    final = history[-1]
+    say(
+        f"top-1 {final['top1']:.1f} %  top-5 {final['top5']:.1f} %  "
+        f"({final['epoch']} epochs, {final['minutes']:.1f} min)"
+    )
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
