@@ -19,6 +19,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -42,6 +43,17 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """End the program with one line on stderr: what is wrong, where, and what to do about it."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(code)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns what can still go wrong in mid-run, and is the user's to mend, into one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        fail(f"out of memory ({str(error).split('.')[0]}); raise --grad-accum")
+    except UnreadableImage as error:  # a loader's process puts its traceback before the message
+        fail(str(error).strip().splitlines()[-1].split("UnreadableImage: ")[-1])
 
 
 def mixed_seed(*numbers: int) -> int:
@@ -78,15 +90,17 @@ def start_processes(device_name: str) -> tuple[torch.device, int, int]:
     return device, dist.get_rank(), dist.get_world_size()
 
 
-def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """bf16 autocast: "auto" on CUDA cards that support it, "bf16" wherever, "off" nowhere.
+def uses_bf16(device: torch.device, amp: str) -> bool:
+    """amp: "auto" is bf16 on CUDA cards that support it, "bf16" is bf16 wherever, "off" nowhere.
 
-    Never fp16: a skipless network's activations leave its range sooner than bf16's.
+    Never fp16: it gives NaN on small images, where bf16, with float32's range, does not.
     """
     auto = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(
-        device.type, torch.bfloat16, enabled=amp == "bf16" or (amp == "auto" and auto)
-    )
+    return amp == "bf16" or (amp == "auto" and auto)
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, amp))
 
 
 class StopSignal:
@@ -178,22 +192,22 @@ def draw_shapes(indices: list[int], size: int, split: str, seed: int = 0):
         cover = (0.5 - distance * size / 2).clamp(0, 1)  # antialiased over one pixel
         return image + cover[:, None] * (paint_colour - image), cover
 
-    image = colour(0.1, 0.45).expand(-1, -1, size, size)
+    image = colour(0.1, 0.4).expand(-1, -1, size, size)
     for _ in range(3):  # gratings
         u, _ = rotated(0, 0, draw(0, math.pi))
         wave = torch.sin(draw(4, 24) * u + draw(0, 2 * math.pi))
-        image = image + colour(-0.1, 0.1) * wave[:, None]
+        image = image + colour(-0.08, 0.08) * wave[:, None]
     for _ in range(3):  # distractors
         u, v = rotated(draw(-1, 1), draw(-1, 1), draw(0, math.pi))
-        image, _ = paint(image, box(u, v, draw(0.05, 0.4), draw(0.04, 0.1)), colour(0, 0.75))
-    radius = draw(0.5, 0.75)
+        image, _ = paint(image, box(u, v, draw(0.05, 0.4), draw(0.04, 0.1)), colour(0, 0.6))
+    radius = draw(0.55, 0.85)
     room = 1 - radius
     u, v = rotated(draw(-1, 1) * room, draw(-1, 1) * room, draw(0, 2 * math.pi))
     distance = torch.empty(len(indices), size, size)
     for label, shape in enumerate(SHAPES.values()):
         chosen = labels == label
         distance[chosen] = shape(u[chosen] / radius[chosen], v[chosen] / radius[chosen])
-    image, cover = paint(image, distance * radius, colour(0.55, 1.0))
+    image, cover = paint(image, distance * radius, colour(0.6, 1.0))
     masks = torch.where(cover > 0.5, labels[:, None, None] + 1, 0).to(torch.uint8)
     return (image.clamp(0, 1) * 255).round().to(torch.uint8), labels, masks
 
@@ -227,16 +241,20 @@ class Shapes(Dataset):
 # --------------------------------------------------------------------------------------------------
 
 
+class UnreadableImage(RuntimeError):
+    """Its message is the one line to show."""
+
+
 def open_rgb(path: str) -> Image.Image:
     """Read an image file as RGB (greyscale and palette images are converted).
 
-    Raises RuntimeError, naming the file, where it cannot be decoded.
+    Raises UnreadableImage, naming the file, where it cannot be decoded.
     """
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
-        raise RuntimeError(f"cannot read image {path} ({error}); repair or remove it") from error
+        raise UnreadableImage(f"cannot read image {path} ({error}); repair or remove it") from error
 
 
 def check_images(paths: list[str], decode_up_to: int = 20_000) -> None:
@@ -252,8 +270,10 @@ def check_images(paths: list[str], decode_up_to: int = 20_000) -> None:
                 open_rgb(path)
             else:
                 Image.open(path).close()
-        except (RuntimeError, OSError) as error:
-            return str(error) if isinstance(error, RuntimeError) else f"cannot read image {path}"
+        except UnreadableImage as error:
+            return str(error)
+        except OSError as error:
+            return f"cannot read image {path} ({error}); repair or remove it"
 
     with ThreadPoolExecutor(8) as pool:
         found = tqdm(
@@ -279,8 +299,11 @@ def image_folder(root: str, split: str) -> ImageFolder:
         fail(f"--data {root}: {str(error).splitlines()[0].rstrip('.')}; {layout}")
 
 
-def image_folders(root: str) -> tuple[ImageFolder, ImageFolder]:
-    """The train and val folders under ROOT, with the same classes and readable images."""
+def image_folders(root: str, check: bool = True) -> tuple[ImageFolder, ImageFolder]:
+    """The train and val folders under ROOT, with the same classes and readable images.
+
+    check=False leaves the images unread: of several processes one is enough.
+    """
     train, val = image_folder(root, "train"), image_folder(root, "val")
     if train.classes != val.classes:
         only_train = sorted(set(train.classes) - set(val.classes))
@@ -289,7 +312,8 @@ def image_folders(root: str) -> tuple[ImageFolder, ImageFolder]:
             f"--data {root}: train/ and val/ must hold the same classes; only in train: "
             f"{only_train[:3]}, only in val: {only_val[:3]}"
         )
-    check_images([path for path, _ in train.samples + val.samples])
+    if check:
+        check_images([path for path, _ in train.samples + val.samples])
     return train, val
 
 
@@ -352,8 +376,9 @@ class Batches:
         for step in range(self.first, len(self)):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size]
             seeds = np.random.SeedSequence((self.seed, self.epoch, step)).generate_state(len(batch))
-            keys = list(zip(batch.tolist(), seeds.tolist()))
-            yield keys[self.rank :: self.world]
+            mine = list(zip(batch.tolist(), seeds.tolist()))[self.rank :: self.world]
+            if mine:  # the last batch of a validation may be smaller than the number of processes
+                yield mine
 
 
 def _start_worker(_: int) -> None:

@@ -59,11 +59,10 @@ DEFAULTS = {
 }  # fmt: skip
 #                     residual  skipless
 DROP_PATH =           (0.1,     0.0)  # with --data; in the demo 0 for both  # fmt: skip
-#                     residual  skipless                residual  skipless
-LEARNING_RATE = {     # demo                            # folder
-    "soap":          ((5e-3,    5e-3),                  (3e-3,    1e-3)),
-    "adamw":         ((2e-3,    3e-4),                  (1e-3,    2e-4)),
-    "muon":          ((2e-3,    1e-3),                  (1e-3,    5e-4)),
+LEARNING_RATE = {     # demo: residual, skipless, skipless with the default init; folder: the same
+    "soap":          ((5e-3, 3e-3, 3e-4), (3e-3, 1e-3, 3e-4)),
+    "adamw":         ((2e-3, 3e-4, 3e-4), (1e-3, 2e-4, 2e-4)),
+    "muon":          ((2e-3, 1e-3, 3e-4), (1e-3, 5e-4, 3e-4)),
 }  # fmt: skip
 CONDITIONED_INIT = (
     dict(alpha=0.7, beta=1.0, c=3.0),  # demo: more identity, as (2, 0.6) learns slowly at this size
@@ -206,8 +205,9 @@ def settle(given: argparse.Namespace, stored: dict | None) -> argparse.Namespace
     skipless = bool(settings.get("skipless"))
     settings["skipless"], settings["compile"] = skipless, bool(settings.get("compile"))
     settings.setdefault("init", "conditioned" if skipless else "default")
+    kind = skipless + (skipless and settings["init"] == "default")  # 0, 1 or 2
     settings.setdefault("drop_path", DROP_PATH[skipless] if folder else 0.0)
-    settings.setdefault("lr", LEARNING_RATE[settings["opt"]][folder][skipless])
+    settings.setdefault("lr", LEARNING_RATE[settings["opt"]][folder][kind])
     settings.setdefault("depth", PRESETS[settings["model"]]["depth"])
     settings.setdefault("workers", min(8, os.cpu_count() or 1) if folder else 0)
     constants = CONDITIONED_INIT[folder]
@@ -377,7 +377,7 @@ def main() -> None:
         val_set = common.Shapes("val", SHAPES_VAL, args.image_size)
         data_name = "Shapes"
     else:
-        train_set, val_set = common.image_folders(args.data)
+        train_set, val_set = common.image_folders(args.data, check=main_process)
         data_name = args.data
     classes = train_set.classes
     if checkpoint and checkpoint["classes"] != classes:
@@ -479,7 +479,7 @@ def main() -> None:
     say(
         f"train   {args.epochs} epochs of {steps_an_epoch} steps of {args.batch_size}, {args.opt}, "
         f"lr {args.lr:g}, weight decay {args.weight_decay:g}, on {device} x {world}, "
-        f"{'bf16' if common.autocast(device, args.amp)._enabled else 'float32'}"
+        f"{'bf16' if common.uses_bf16(device, args.amp) else 'float32'}"
     )
     say(f"files   {out}")
     stored_args = {k: v for k, v in vars(args).items() if k not in ("resume", "eval")}
@@ -565,9 +565,12 @@ def main() -> None:
                 mean_loss = float(loss_sum) / (step + 1)
                 stop_if_not_finite(mean_loss, "the loss", epoch, step)
                 bar.set_postfix(loss=f"{mean_loss:.3f}", lr=f"{schedules[0].get_last_lr()[0]:.1e}")
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            try:
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+            except torch.linalg.LinAlgError:  # SOAP: no eigenvectors of what is not finite
+                stop_if_not_finite(math.nan, "the gradient", epoch, step)
             for schedule in schedules:
                 schedule.step()
             if ema:
@@ -579,6 +582,8 @@ def main() -> None:
                     f"stopped at epoch {epoch + 1}, step {step + 1}; continue with "
                     f"--resume {out / 'last.pt'}"
                 )
+                if dist.is_initialized():
+                    dist.barrier()  # torchrun ends all when the first leaves: save before that
                 raise SystemExit(128 + number)
 
         # ---- end of an epoch ---------------------------------------------------------------------
@@ -616,4 +621,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with common.one_line_errors():
+        main()

@@ -135,12 +135,12 @@ def test_init_is_deterministic_and_respects_dtype():
     "constants", [dict(c=0.0), dict(alpha=-1.0), dict(alpha=0.0, beta=0.0), dict(beta=math.nan)]
 )
 def test_init_refuses_impossible_constants(constants):
-    with pytest.raises(ValueError, match="alpha|beta|c "):
+    with pytest.raises(ValueError, match=r"alpha|beta|c "):
         conditioned_init_(ViT(**TINY), **constants)
 
 
 def test_init_refuses_models_it_does_not_know():
-    with pytest.raises(TypeError, match="minskip.ViT"):
+    with pytest.raises(TypeError, match=r"minskip\.ViT"):
         conditioned_init_(nn.Linear(3, 3))
 
 

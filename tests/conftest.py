@@ -1,0 +1,58 @@
+"""Shared by the tests: a folder of small real PNG files, and scripts run as a user runs them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from einops import rearrange
+from PIL import Image
+
+from common import draw_shapes
+
+ROOT = Path(__file__).parent.parent
+torch.set_num_threads(2)
+
+# A network of two narrow blocks on 16 x 16 pixels: an epoch takes a fraction of a second.
+SMALL = "--model nano --depth 2 --image-size 16 --patch-size 8 --batch-size 12 --device cpu".split()
+
+
+def make_image_folder(root: Path, classes: int = 5) -> Path:
+    """ROOT/{train,val}/classN/*.png: 60 and 30 drawn images of 24 x 24 pixels."""
+    for split, count in (("train", 60), ("val", 30)):
+        images, labels, _ = draw_shapes(list(range(count)), 24, split)
+        for i, (image, label) in enumerate(zip(images, labels.tolist())):
+            folder = root / split / f"class{label % classes}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = rearrange(image, "channel row column -> row column channel").numpy()
+            Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def image_root(tmp_path_factory) -> Path:
+    return make_image_folder(tmp_path_factory.mktemp("images"))
+
+
+def script_environment() -> dict:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
+
+
+def run_script(*args, cwd: Path, launcher=()) -> subprocess.CompletedProcess:
+    """`python SCRIPT ARGS` in cwd; launcher puts words before the script's name."""
+    script, *rest = map(str, args)
+    command = [sys.executable, *launcher, str(ROOT / script), *rest]
+    return subprocess.run(
+        command, cwd=cwd, env=script_environment(), capture_output=True, text=True, timeout=200
+    )
+
+
+def assert_fails_in_one_line(done: subprocess.CompletedProcess, words: str) -> None:
+    """Exit code 2, no traceback, one line that says what, where and what to do."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert re.search(words, lines[0]), lines[0]

@@ -1,0 +1,244 @@
+"""The supervised trainer, run as a user runs it: on files, from the command line."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    SMALL,
+    assert_fails_in_one_line,
+    make_image_folder,
+    run_script,
+    script_environment,
+)
+
+RUN = [*SMALL, "--epochs", "2", "--warmup-epochs", "1", "--workers", "0"]
+
+
+def load(path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def finished(image_root, tmp_path_factory):
+    """A folder with one finished skipless run, and what the run printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    args = ["--data", image_root, "--skipless", "--ema", "0.9", "--out", "runs/a", *RUN]
+    done = run_script("train_cls.py", *args, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+# ---- what a run leaves ---------------------------------------------------------------------------
+
+
+def test_a_run_says_and_leaves_what_it_promises(finished):
+    folder, printed = finished
+    last_line = printed.strip().splitlines()[-1]
+    assert re.fullmatch(r"top-1 [\d.]+ %  top-5 [\d.]+ %  \(2 epochs, [\d.]+ min\)", last_line)
+    assert "skipless, conditioned init" in printed and "lr 0.001" in printed
+    rows = [json.loads(line) for line in (folder / "runs/a/log.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert {"train_loss", "val_loss", "top1", "top5", "lr", "images_per_s"} <= rows[0].keys()
+    assert f"top-1 {rows[-1]['top1']:.1f} %" in last_line
+    assert (folder / "runs/a/curves.png").read_bytes().startswith(b"\x89PNG")
+    checkpoint = load(folder / "runs/a/last.pt")
+    assert checkpoint["model_config"]["residual"] is False
+    assert load(folder / "runs/a/best.pt")["history"]
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_eval_needs_the_checkpoint_alone(finished):
+    folder, printed = finished
+    done = run_script("train_cls.py", "--eval", "runs/a/last.pt", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    top1 = printed.strip().splitlines()[-1].split("  ")[0]
+    assert done.stdout.strip().splitlines()[-1].startswith(top1)
+
+
+def test_every_optimizer_and_the_residual_network_run(finished, image_root):
+    folder, _ = finished
+    for opt in ("adamw", "muon"):
+        args = ["--data", image_root, "--opt", opt, "--grad-accum", "3", *RUN, "--workers", "1"]
+        done = run_script("train_cls.py", *args, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        assert (folder / f"runs/cls-nano-residual-{opt}-seed0/last.pt").exists()
+
+
+def test_the_demo_draws_its_own_images(tmp_path):
+    flags = "--skipless --depth 1 --image-size 16 --batch-size 2000 --epochs 1 --warmup-epochs 0"
+    done = run_script("train_cls.py", *flags.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Shapes: 20000 train, 2000 val, 10 classes" in done.stdout
+    assert (tmp_path / "runs/cls-nano-skipless-conditioned-soap-seed0/log.jsonl").exists()
+
+
+# ---- interruption --------------------------------------------------------------------------------
+
+
+def assert_equal_runs(a: dict, b: dict) -> None:
+    for key in ("model", "ema"):
+        assert a[key].keys() == b[key].keys()
+        for name in a[key]:
+            assert torch.equal(a[key][name], b[key][name]), name
+    timing = ("minutes", "images_per_s")
+    rows = [
+        [{k: v for k, v in row.items() if k not in timing} for row in c["history"]] for c in (a, b)
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_an_interrupted_run_resumes_exactly(image_root, tmp_path):
+    """Ctrl-C, then SIGTERM, each in mid-epoch, and another number of workers: the same weights."""
+    args = ["--data", image_root, "--drop-path", "0.2", "--ema", "0.9", *SMALL, "--epochs", "8"]
+    args += ["--batch-size", "4", "--warmup-epochs", "1"]
+    straight = run_script("train_cls.py", *args, "--out", "runs/a", "--workers", "0", cwd=tmp_path)
+    assert straight.returncode == 0, straight.stderr
+
+    out = tmp_path / "runs/b"
+    flags = [*args, "--out", "runs/b", "--workers", "2"]
+    for number, epochs_before in ((signal.SIGINT, 1), (signal.SIGTERM, 3)):
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "train_cls.py"), *map(str, flags)],
+            cwd=tmp_path,
+            env=script_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        deadline = time.time() + 120
+        while time.time() < deadline and process.poll() is None:
+            log = out / "log.jsonl"
+            if log.exists() and len(log.read_text().splitlines()) >= epochs_before:
+                break
+            time.sleep(0.01)
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=120)
+        assert process.returncode == 128 + number, stdout + stderr
+        assert "continue with --resume" in stdout and not stderr
+        flags = ["--resume", "runs/b/last.pt", "--workers", "1"]
+        assert 0 < load(out / "last.pt")["epoch"] < 8
+    resumed = run_script("train_cls.py", *flags, cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_equal_runs(load(tmp_path / "runs/a/last.pt"), load(out / "last.pt"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(finished, tmp_path):
+    folder, _ = finished
+    path = tmp_path / "last.pt"
+    checkpoint = load(folder / "runs/a/last.pt")
+    checkpoint["epoch"] = 1
+    checkpoint["model"]["head.bias"][0] = float("nan")
+    torch.save(checkpoint, path)
+    before = path.read_bytes()
+    done = run_script("train_cls.py", "--resume", path, cwd=tmp_path)
+    assert done.returncode == 1
+    assert re.search(r"error: the loss is nan at epoch 2, step 1, lr .* is kept", done.stderr)
+    assert "Traceback" not in done.stderr
+    assert path.read_bytes() == before
+
+
+# ---- two processes -------------------------------------------------------------------------------
+
+
+def test_two_processes_compute_the_gradient_of_one(image_root, tmp_path):
+    """After one step AdamW's first moment is a tenth of the gradient: compare it."""
+    args = ["--data", image_root, *SMALL, "--batch-size", "60", "--epochs", "1", "--opt", "adamw"]
+    args += "--warmup-epochs 0 --mixup 0 --cutmix 0 --drop-path 0 --clip-grad 0 --workers 0".split()
+    one = run_script("train_cls.py", *args, "--out", "one", cwd=tmp_path)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    two = run_script("train_cls.py", *args, "--out", "two", cwd=tmp_path, launcher=launcher)
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    a, b = (load(tmp_path / name / "last.pt") for name in ("one", "two"))
+    moments = [c["optimizers"][0]["state"] for c in (a, b)]
+    for i in moments[0]:
+        g, h = (m[i]["exp_avg"] for m in moments)
+        assert torch.allclose(g, h, rtol=1e-3, atol=1e-6 * g.abs().max().item() + 1e-9)
+    assert a["history"][0]["train_loss"] == pytest.approx(b["history"][0]["train_loss"], rel=1e-5)
+    assert a["history"][0]["val_loss"] == pytest.approx(b["history"][0]["val_loss"], rel=1e-3)
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--data nowhere", "nowhere: no such folder"),
+        ("--data {root} --image-size 20", "patch size must divide image size: image 20, patch 8"),
+        ("--data {root} --batch-size 61", "exceeds the 60 training images"),
+        ("--data {root} --grad-accum 5", "multiple of processes x --grad-accum"),
+        ("--data {root} --device cuda:9", "CUDA devices? found here; use --device cpu"),
+        ("--data {root} --device tpu9", "is no device|CUDA"),
+        ("--data {root} --skipless --drop-path 0.1", "leave it out with --skipless"),
+        ("--data {root} --alpha 1", "--alpha set the conditioned init"),
+        ("--data {root} --skipless --c 0", "c and at least one of alpha and beta"),
+        ("--data {root} --warmup-epochs 2", "must be less than --epochs"),
+        ("--data {root} --lr 0", "--lr must be positive"),
+        ("--data {root} --ema 1", r"--ema must lie in \[0, 1\)"),
+        ("--data {root} --out {done}/runs/a", "holds a run already"),
+        ("--resume nowhere.pt", "nowhere.pt: no such file"),
+        ("--resume {done}/runs/a/log.jsonl", "damaged or of another program"),
+        ("--eval {root}/val/class0/00.png", "damaged or of another program"),
+        ("--resume {done}/runs/a/last.pt --lr 0.5", "--lr 0.5 contradicts the checkpoint"),
+        ("--resume a.pt --eval b.pt", "exclude each other"),
+    ],
+)
+def test_bad_flags_end_in_one_line(flags, words, image_root, finished, tmp_path):
+    flags = flags.format(root=image_root, done=finished[0]).split()
+    base = [] if "--resume" in flags or "--eval" in flags else RUN
+    assert_fails_in_one_line(run_script("train_cls.py", *base, *flags, cwd=tmp_path), words)
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        ("no val", r"no folder .*val; expected ROOT/val/<class>/<image files>"),
+        ("no classes", "Couldn't find any class folder"),
+        ("empty class", "class1"),
+        ("other classes", r"same classes; only in train: \['class1'\], only in val: \['class9'\]"),
+        ("text", r"cannot read image .*00\.png"),
+        ("cut short", r"cannot read image .*00\.png"),
+    ],
+)
+def test_bad_folders_end_in_one_line(damage, words, tmp_path):
+    root = make_image_folder(tmp_path / "images")
+    image = root / "train/class0/00.png"
+    if damage == "no val":
+        shutil.rmtree(root / "val")
+    elif damage == "no classes":
+        shutil.rmtree(root / "train")
+        (root / "train").mkdir()
+    elif damage == "empty class":
+        shutil.rmtree(root / "train/class1")
+        (root / "train/class1").mkdir()
+    elif damage == "other classes":
+        (root / "val/class1").rename(root / "val/class9")
+    elif damage == "text":
+        image.write_text("this is no image")
+    elif damage == "cut short":
+        image.write_bytes(image.read_bytes()[:-200])
+    done = run_script("train_cls.py", "--data", root, *RUN, cwd=tmp_path)
+    assert_fails_in_one_line(done, words)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_eval_on_other_classes_is_refused(finished, tmp_path):
+    root = make_image_folder(tmp_path / "images", classes=3)
+    checkpoint = finished[0] / "runs/a/last.pt"
+    done = run_script("train_cls.py", "--eval", checkpoint, "--data", root, cwd=tmp_path)
+    assert_fails_in_one_line(done, "other classes than checkpoint")
+
+
+def test_help_names_every_default(tmp_path):
+    done = run_script("train_cls.py", "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for words in ("[soap]", "[demo 4, --data 300]", "[demo 64, --data 1024]"):
+        assert words in " ".join(done.stdout.split())
