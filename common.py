@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 matplotlib.use("Agg")  # pictures go to files; no window system is needed
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 CHECKPOINT_FORMAT = "minskip-1"
 
@@ -54,11 +55,17 @@ def one_line_errors() -> Iterator[None]:
         fail(f"out of memory ({str(error).split('.')[0]}); raise --grad-accum")
     except UnreadableImage as error:  # a loader's process puts its traceback before the message
         fail(str(error).strip().splitlines()[-1].split("UnreadableImage: ")[-1])
+    except KeyboardInterrupt:  # before training has begun; from then on StopSignal sees to it
+        fail("interrupted", code=130)
 
 
-def mixed_seed(*numbers: int) -> int:
-    """A 32-bit seed from any non-negative integers; neighbouring inputs give unrelated seeds."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+# What a seed is for comes first among the numbers it is made of, so that no two uses coincide.
+ORDER, IMAGES, STEP = 1, 2, 3
+
+
+def mixed_seeds(count: int, *numbers: int) -> list[int]:
+    """32-bit seeds made of non-negative integers; neighbouring inputs give unrelated seeds."""
+    return np.random.SeedSequence(numbers).generate_state(count).tolist()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -371,12 +378,13 @@ class Batches:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = torch.arange(self.length)
         if self.shuffle:
-            generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
+            [seed] = mixed_seeds(1, ORDER, self.seed, self.epoch)
+            generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(self.length, generator=generator)
         for step in range(self.first, len(self)):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size]
-            seeds = np.random.SeedSequence((self.seed, self.epoch, step)).generate_state(len(batch))
-            mine = list(zip(batch.tolist(), seeds.tolist()))[self.rank :: self.world]
+            seeds = mixed_seeds(len(batch), IMAGES, self.seed, self.epoch, step)
+            mine = list(zip(batch.tolist(), seeds))[self.rank :: self.world]
             if mine:  # the last batch of a validation may be smaller than the number of processes
                 yield mine
 
@@ -469,33 +477,30 @@ def plot_curves(out: Path, panels: dict[str, str]) -> None:
         if rows and all(key in rows[-1] for key in panels):
             runs[log.parent.name] = rows
     groups = list(dict.fromkeys(re.sub(r"-seed\d+$", "", name) for name in runs))
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False, layout="constrained"
+    )
     for ax, (key, label) in zip(axes[0], panels.items()):
+        drawn = set()
         for name, rows in runs.items():
-            group = groups.index(re.sub(r"-seed\d+$", "", name))
-            first = name == next(n for n in runs if re.sub(r"-seed\d+$", "", n) == groups[group])
+            group = re.sub(r"-seed\d+$", "", name)
+            number = groups.index(group)
             ax.plot(
                 [row["epoch"] for row in rows],
                 [row[key] for row in rows],
-                color=COLOURS[group % len(COLOURS)],
-                linestyle=("-", "--", ":")[group // len(COLOURS) % 3],
+                color=COLOURS[number % len(COLOURS)],
+                linestyle=("-", "--", ":")[number // len(COLOURS) % 3],
                 linewidth=1.4,
-                marker="." if len(rows) == 1 else None,
-                label=groups[group] if first else None,
+                marker="." if len(rows) <= 10 else None,
+                label=None if group in drawn else group,
             )
+            drawn.add(group)
         ax.set_xlabel("epoch")
         ax.set_title(label, fontsize=10)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
-    figure.legend(
-        *axes[0][0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=2,
-        fontsize=8,
-        frameon=False,
-    )
-    figure.tight_layout(rect=(0, 0.06 + 0.05 * math.ceil(len(groups) / 2), 1, 1))
-    write_atomically(
-        out / "curves.png", lambda temporary: figure.savefig(temporary, dpi=130, format="png")
-    )
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    write_atomically(out / "curves.png", lambda path: figure.savefig(path, dpi=130, format="png"))
     plt.close(figure)

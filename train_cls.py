@@ -13,6 +13,7 @@ Numbers measured with each command, and on what hardware: README, "Results".
 
 import argparse
 import contextlib
+import functools
 import math
 import os
 import time
@@ -134,7 +135,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--lr",
         "peak learning rate; a skipless network wants a third to a tenth of a residual "
-        "one's: too large and the loss stays flat at its first value [by optimizer, 2e-4 .. 3e-3]",
+        "one's: too large and the loss stays flat at its first value [by optimizer, 2e-4 .. 5e-3]",
         type=float,
     )
     add("--weight-decay", "decoupled; not on biases, norms and embeddings; 0 .. 0.1", type=float)
@@ -205,7 +206,7 @@ def settle(given: argparse.Namespace, stored: dict | None) -> argparse.Namespace
     skipless = bool(settings.get("skipless"))
     settings["skipless"], settings["compile"] = skipless, bool(settings.get("compile"))
     settings.setdefault("init", "conditioned" if skipless else "default")
-    kind = skipless + (skipless and settings["init"] == "default")  # 0, 1 or 2
+    kind = 0 if not skipless else 1 if settings["init"] == "conditioned" else 2
     settings.setdefault("drop_path", DROP_PATH[skipless] if folder else 0.0)
     settings.setdefault("lr", LEARNING_RATE[settings["opt"]][folder][kind])
     settings.setdefault("depth", PRESETS[settings["model"]]["depth"])
@@ -241,14 +242,20 @@ def settle(given: argparse.Namespace, stored: dict | None) -> argparse.Namespace
 # Data
 # --------------------------------------------------------------------------------------------------
 
-# ImageNet's channel statistics, used for every data set here. Images stay uint8 until they are on
-# the device: a quarter of the traffic.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set here
+
+
+@functools.cache  # once a device: making a tensor on a GPU in every step would wait for the GPU
+def channel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    return tuple(torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD))
 
 
 def normalise(images: Tensor) -> Tensor:
-    """(batch, 3, height, width) uint8 -> float32 with about zero mean and unit variance."""
-    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (MEAN, STD))
+    """(batch, 3, height, width) uint8 -> float32 with about zero mean and unit variance.
+
+    On the device, so that images travel there as uint8: a quarter of the traffic.
+    """
+    mean, std = channel_statistics(images.device)
     return (images.float() / 255 - mean) / std
 
 
@@ -283,14 +290,15 @@ def evaluate(model: nn.Module, loader, device: torch.device, amp: str) -> dict:
     """Mean cross-entropy and top-1 and top-5 accuracy in percent, over all processes' images."""
     model.eval()
     totals = torch.zeros(4, device=device)  # images, loss, top-1 hits, top-5 hits
-    for images, labels in tqdm(loader, "val", disable=None, leave=False):
+    silent = True if dist.is_initialized() and dist.get_rank() else None  # None: bars on terminals
+    for images, labels in tqdm(loader, "val", disable=silent, leave=False):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with common.autocast(device, amp):
             logits = model(normalise(images)).float()
         best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        count = torch.tensor(float(len(labels)), device=device)
-        totals += torch.stack([count, loss, best[:, 0].sum(), best.sum()])
+        totals[0] += len(labels)
+        totals[1:] += torch.stack([loss, best[:, 0].sum(), best.sum()])
     if dist.is_initialized():
         dist.all_reduce(totals)
     count, loss, top1, top5 = totals.tolist()
@@ -366,7 +374,6 @@ def main() -> None:
     path = given.resume or given.eval
     checkpoint = common.load_checkpoint(path, "train_cls") if path else None
     args = settle(given, checkpoint["args"] if checkpoint else None)
-    stop = common.StopSignal()
     device, rank, world = common.start_processes(args.device)
     main_process = rank == 0
     say = print if main_process else (lambda *_, **__: None)
@@ -525,6 +532,7 @@ def main() -> None:
     # ---- training --------------------------------------------------------------------------------
     # Reading a number off the GPU waits for it, so the loss is looked at now and then only.
     look_every = 1 if device.type == "cpu" else 20
+    stop = common.StopSignal()
     started = time.time()
     for epoch in range(first_epoch, args.epochs):
         model.train()
@@ -541,8 +549,8 @@ def main() -> None:
             leave=False,
         )
         for step, (images, labels) in enumerate(bar, start=first_step):
-            # MixUp, CutMix and drop-path of this step; offset by the epochs, apart from the images'
-            torch.manual_seed(common.mixed_seed(args.seed, epoch, step, rank))
+            # for MixUp, CutMix and drop-path
+            torch.manual_seed(common.mixed_seeds(1, common.STEP, args.seed, epoch, step, rank)[0])
             images = normalise(images.to(device, non_blocking=True))
             labels = labels.to(device, non_blocking=True)
             if mix is not None:
@@ -577,6 +585,9 @@ def main() -> None:
                 ema.update_parameters(model)
             if not last and (step + 1) % look_every == 0 and (number := stop.requested(device)):
                 bar.close()
+                if dist.is_initialized():
+                    dist.all_reduce(loss_sum)
+                    loss_sum /= world
                 save("last.pt", epoch, step + 1)
                 say(
                     f"stopped at epoch {epoch + 1}, step {step + 1}; continue with "

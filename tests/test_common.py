@@ -99,7 +99,8 @@ def test_greyscale_and_palette_images_become_rgb(tmp_path):
 
 
 def test_seeds_of_neighbours_are_unrelated():
-    seeds = [common.mixed_seed(0, epoch, step) for epoch in range(30) for step in range(30)]
+    steps = [(epoch, step) for epoch in range(30) for step in range(30)]
+    seeds = [seed for numbers in steps for seed in common.mixed_seeds(1, *numbers)]
     assert len(set(seeds)) == 900
     bits = np.unpackbits(np.array(seeds, dtype=np.uint32).view(np.uint8))
     assert bits.mean() == pytest.approx(0.5, abs=0.02)
