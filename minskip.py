@@ -239,22 +239,26 @@ class ViT(nn.Module):
         tokens right after those blocks, in the order asked for, without the final LayerNorm
         (`model.norm` applies it); 0 is the embedding, `depth` the last block.
         """
-        x = self.embed(images)
         if blocks is None:
-            for block in self.blocks:
-                x = block(x)
-            return self.norm(x)
+            return self.norm(self.forward_features(images, [len(self.blocks)])[0])
         if bad := [b for b in blocks if not 0 <= b <= len(self.blocks)]:
             raise ValueError(f"blocks must lie in 0..{len(self.blocks)}, not {bad}")
-        after = {0: x}
+        after = {0: (x := self.embed(images))}
         for number, block in enumerate(self.blocks[: max(blocks, default=0)], start=1):
             after[number] = x = block(x)
         return [after[b] for b in blocks]
 
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.forward_features(images)
+    def classify(self, x: Tensor) -> Tensor:
+        """Logits from the last block's tokens, (batch, token, width) -> (batch, num_classes)."""
+        x = self.norm(x)
         pooled = x.mean(dim=1) if self.class_token is None else x[:, 0]
         return self.head(pooled)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.embed(images)
+        for block in self.blocks:
+            x = block(x)
+        return self.classify(x)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ Numbers measured with each command, and on what hardware: README, "Results".
 
 import argparse
 import contextlib
-import functools
 import math
 import os
 import time
@@ -22,11 +21,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 import common
@@ -239,50 +238,8 @@ def settle(given: argparse.Namespace, stored: dict | None) -> argparse.Namespace
 
 
 # --------------------------------------------------------------------------------------------------
-# Data
+# Evaluation
 # --------------------------------------------------------------------------------------------------
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set here
-
-
-@functools.cache  # once a device: making a tensor on a GPU in every step would wait for the GPU
-def channel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    return tuple(torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD))
-
-
-def normalise(images: Tensor) -> Tensor:
-    """(batch, 3, height, width) uint8 -> float32 with about zero mean and unit variance.
-
-    On the device, so that images travel there as uint8: a quarter of the traffic.
-    """
-    mean, std = channel_statistics(images.device)
-    return (images.float() / 255 - mean) / std
-
-
-def augmentations(size: int, drawn: bool) -> tuple[v2.Transform, v2.Transform]:
-    """(training, validation) transforms to uint8 tensors of size x size."""
-    if drawn:  # a turned-over disc is a disc; the drawings are of the right size already
-        return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()]), v2.Identity()
-    grey = [round(255 * m) for m in MEAN]  # zero once normalised
-    train = v2.Compose(
-        [
-            v2.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC),
-            v2.RandomHorizontalFlip(),
-            v2.RandAugment(num_ops=2, magnitude=9, fill=grey),
-            v2.PILToTensor(),
-            v2.RandomErasing(p=0.25, value=grey),
-        ]
-    )
-    # ImageNet practice cuts the middle 7/8 out; of images hardly larger than `size` keep all.
-    resized = round(size / 0.875) if size >= 128 else size
-    val = v2.Compose(
-        [
-            v2.Resize(resized, interpolation=InterpolationMode.BICUBIC),
-            v2.CenterCrop(size),
-            v2.PILToTensor(),
-        ]
-    )
-    return train, val
 
 
 @torch.no_grad()
@@ -294,7 +251,7 @@ def evaluate(model: nn.Module, loader, device: torch.device, amp: str) -> dict:
     for images, labels in tqdm(loader, "val", disable=silent, leave=False):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with common.autocast(device, amp):
-            logits = model(normalise(images)).float()
+            logits = model(common.normalise(images)).float()
         best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
         totals[0] += len(labels)
@@ -400,7 +357,7 @@ def main() -> None:
             f"--batch-size {args.batch_size} exceeds the {len(train_set)} training images of "
             f"{data_name}; make it smaller"
         )
-    to_train, to_val = augmentations(args.image_size, drawn=args.data is None)
+    to_train, to_val = common.augmentations(args.image_size, drawn=args.data is None)
     train_batches = common.Batches(len(train_set), args.batch_size, args.seed, True, rank, world)
     val_batches = common.Batches(len(val_set), max(args.batch_size, 256), 0, False, rank, world)
     train_loader = common.make_loader(
@@ -442,10 +399,8 @@ def main() -> None:
     )
 
     if args.eval:
-        if ema:
-            ema.load_state_dict(checkpoint["ema"])
-        model.load_state_dict(checkpoint["model"])
-        result = evaluate(measured, val_loader, device, args.amp)
+        model = common.model_of(checkpoint).to(device)
+        result = evaluate(model, val_loader, device, args.amp)
         say(
             f"top-1 {result['top1']:.1f} %  top-5 {result['top5']:.1f} %  "
             f"({args.eval}, epoch {checkpoint['epoch']})"
@@ -551,7 +506,7 @@ def main() -> None:
         for step, (images, labels) in enumerate(bar, start=first_step):
             # for MixUp, CutMix and drop-path
             torch.manual_seed(common.mixed_seeds(1, common.STEP, args.seed, epoch, step, rank)[0])
-            images = normalise(images.to(device, non_blocking=True))
+            images = common.normalise(images.to(device, non_blocking=True))
             labels = labels.to(device, non_blocking=True)
             if mix is not None:
                 images, labels = mix(images, labels)

@@ -20,7 +20,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-EPOCHS = 15
+EPOCHS = 12
 SETTINGS = (
     f"--model nano --image-size 64 --patch-size 16 --epochs {EPOCHS} --warmup-epochs 2 "
     "--batch-size 64 --position-std 0.5 --mixup 0 --cutmix 0 --opt soap --workers 0"

@@ -147,41 +147,6 @@ def test_init_refuses_models_it_does_not_know():
 # ---- the attention's Jacobian K: facts of the theory ---------------------------------------------
 
 
-def closed_form_jacobian(x, W_Q, W_K, W_V, W_O, heads):
-    """K of softmax attention, (n d, n d); the derivation is the comment at each line.
-
-    Per head, B = W_Q W_K^T / sqrt(d_h), P = softmax(x B x^T), Y = x W_V W_O.
-    """
-    n, d = x.shape
-    d_h = d // heads
-    K = torch.zeros(n, d, n, d, dtype=x.dtype)
-    for h in range(heads):
-        s = slice(h * d_h, (h + 1) * d_h)
-        B = W_Q[:, s] @ W_K[:, s].T / math.sqrt(d_h)
-        P = (x @ B @ x.T).softmax(-1)
-        V = W_V[:, s] @ W_O[s]
-        Y = x @ V
-        PX, PY = P @ x, P @ Y
-        for a in range(n):
-            # value: dy_a / dx_b = P_ab V
-            K[a] += torch.einsum("b,ij->jbi", P[a], V)
-            # query: dy_a / dx_a += B (sum_b P_ab x_b Y_b^T - (PX)_a (PY)_a^T)
-            centred = torch.einsum("b,bi,bj->ij", P[a], x, Y) - torch.outer(PX[a], PY[a])
-            K[a, :, a, :] += (B @ centred).T
-            # key: dy_a / dx_c += P_ac (B^T x_a) (Y_c - (PY)_a)^T
-            K[a] += torch.einsum("c,i,cj->jci", P[a], B.T @ x[a], Y - PY[a])
-    return K.reshape(n * d, n * d)
-
-
-@pytest.mark.parametrize("heads", [1, 3])
-def test_closed_form_jacobian_equals_autograd(heads):
-    d = 12
-    weights = random_projections(d)
-    x = torch.randn(5, d, generator=seeded(1), dtype=torch.float64)
-    K = autograd_jacobian(attention_with(*weights, heads), x)
-    assert (K - closed_form_jacobian(x, *weights, heads)).abs().max() < 1e-12
-
-
 def test_one_token_attends_to_itself():
     W_Q, W_K, W_V, W_O = random_projections(16)
     x = torch.randn(1, 16, generator=seeded(), dtype=torch.float64)
