@@ -83,10 +83,9 @@ def start_processes(device_name: str) -> tuple[torch.device, int, int]:
     device_name: "auto" (CUDA if there is any, else the CPU), "cpu", "cuda" or "cuda:1".
     Ends the program when CUDA is asked for and absent.
     """
-    try:
-        device = torch.device("cpu" if device_name == "auto" else device_name)
-    except RuntimeError:
-        fail(f"--device {device_name!r} is no device; use auto, cpu, cuda or cuda:N")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device_name):
+        fail(f"--device {device_name!r} is not known here; use auto, cpu, cuda or cuda:N")
+    device = torch.device("cpu" if device_name == "auto" else device_name)
     if device_name == "auto" and torch.cuda.is_available():
         device = torch.device("cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

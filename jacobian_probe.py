@@ -69,10 +69,18 @@ def build_variant(name: str, **shape) -> ViT:
 # --------------------------------------------------------------------------------------------------
 
 
-def gelu_statistics(variance: float, c: float) -> tuple[float, float, float, float]:
+def gelu_slope(z: Tensor) -> Tensor:
+    """GELU's derivative, exact form: Phi(z) + z phi(z)."""
+    density = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+    return 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * density
+
+
+def gaussian_moments(
+    variance: float, c: float, phi: Callable = F.gelu, slope: Callable = gelu_slope
+) -> tuple[float, float, float, float]:
     """E phi^2, E phi phi, E phi'^2, E phi' phi' for two Gaussians of a variance and correlation c.
 
-    By Gauss-Hermite quadrature; phi = GELU, exact form.
+    By Gauss-Hermite quadrature in two dimensions; phi must be smooth.
     """
     nodes, weights = np.polynomial.hermite_e.hermegauss(80)
     weights = weights / weights.sum()
@@ -80,21 +88,8 @@ def gelu_statistics(variance: float, c: float) -> tuple[float, float, float, flo
     u = torch.from_numpy(math.sqrt(variance) * x)
     v = torch.from_numpy(math.sqrt(variance) * (c * x + math.sqrt(max(1 - c * c, 0)) * y))
     w = torch.from_numpy(np.outer(weights, weights))
-
-    def derivative(z: Tensor) -> Tensor:
-        return 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * torch.exp(-(z**2) / 2) / math.sqrt(
-            2 * math.pi
-        )
-
-    return tuple(
-        float((w * product).sum())
-        for product in (
-            F.gelu(u) ** 2,
-            F.gelu(u) * F.gelu(v),
-            derivative(u) ** 2,
-            derivative(u) * derivative(v),
-        )
-    )
+    products = (phi(u) ** 2, phi(u) * phi(v), slope(u) ** 2, slope(u) * slope(v))
+    return tuple(float((w * product).sum()) for product in products)
 
 
 def apjn_theory(
@@ -127,7 +122,7 @@ def apjn_theory(
         trace.append((q, None, None))
         mean = ov2 * (1 + (n - 1) * p / q) / n
         q, p = r2 * q + mean, r2 * p + mean
-        phi2, phiphi, d2, dd = gelu_statistics(fc1_2, p / q)
+        phi2, phiphi, d2, dd = gaussian_moments(fc1_2, p / q)
         trace.append((q, d2, dd))
         q, p = r2 * q + fc2_2 * phi2, r2 * p + fc2_2 * phiphi
     m_q, m_p, scalar = 1.0, 0.0, 1.0
@@ -315,9 +310,7 @@ def attention_jacobian(attention: Attention, y: Tensor) -> Tensor:
 @torch.no_grad()
 def mlp_jacobians(mlp: nn.Module, y: Tensor) -> Tensor:
     """d mlp(y) / d y for each token, (token, d, d), rows the outputs: all of K that is not zero."""
-    pre = mlp.fc1(y)
-    slope = 0.5 * (1 + torch.erf(pre / math.sqrt(2)))
-    slope = slope + pre * torch.exp(-(pre**2) / 2) / math.sqrt(2 * math.pi)
+    slope = gelu_slope(mlp.fc1(y))
     return einsum(mlp.fc2.weight, slope, mlp.fc1.weight, "i h, t h, h j -> t i j")
 
 
@@ -614,19 +607,22 @@ def conclusion(name: str, result: dict) -> str:
 
 
 def demo_gradient_flow(out: Path) -> None:
-    """Three small demonstrations of what skips do to signals, each number measured here."""
+    """Three demonstrations that a tutorial gives of what skips do, measured beside its figures.
+
+    The tutorial does not say which width, layers or loss its last one has; ours are printed.
+    """
     torch.manual_seed(0)
     print("1. Products of a hundred equal factors: 0.9 and 1.1 are far from 1.")
-    print(f"   0.9^100 = {0.9**100:.3e}    1.1^100 = {1.1**100:.1f}")
+    print(f"   0.9^100 = {0.9**100:.3e}    1.1^100 = {1.1**100:.1f}    (quoted alike)")
     norms = torch.stack([torch.randn(1, 10, 512).norm() for _ in range(200)])
     print("\n2. The norm of torch.randn(1, 10, 512), which is sqrt(5120) = 71.55:")
-    print(f"   measured {norms.mean():.1f} +- {norms.std():.1f}    (226.4 is sometimes quoted)")
+    print(f"   measured {norms.mean():.1f} +- {norms.std():.1f}    (quoted: 226.4)")
     print(f"   a hundred residual updates of 1 % each: x {1.01**100:.2f}, not preserved")
 
     print("\n3. Fifty layers tanh(W x) of width 64: norm of d (sum of outputs) / d (layer's input)")
     depth, width, seeds = 50, 64, 50
     medians_by_kind = {}
-    for kind, skip in (("without skips", 0.0), ("with skips", 1.0)):
+    for kind, skip, quoted in (("without skips", 0.0, "3e-8"), ("with skips", 1.0, "8.92")):
         runs = []
         for seed in range(seeds):
             torch.manual_seed(seed)
@@ -640,7 +636,7 @@ def demo_gradient_flow(out: Path) -> None:
         first = sorted(run[0] for run in runs)
         print(
             f"   {kind:13s}  at layer 1: median {statistics.median(first):.2e}, "
-            f"range {first[0]:.1e} .. {first[-1]:.1e}  ({seeds} seeds)"
+            f"range {first[0]:.1e} .. {first[-1]:.1e}  ({seeds} seeds; quoted: {quoted})"
         )
     print(
         "\nTwo sentences often read that are not so: 'with a skip the gradient is at least 1'\n"
@@ -826,7 +822,7 @@ def main() -> None:
         for name, text in EXPLANATIONS.items():
             print(f"{name}{textwrap.dedent(text)}\n")
         return
-    for name in ("images", "seeds", "image_size", "patch_size", *(("depths",))):
+    for name in ("images", "seeds", "image_size", "patch_size", "depths"):
         values = getattr(args, name)
         if min(values if isinstance(values, list) else [values]) < 1:
             common.fail(f"--{name.replace('_', '-')} must be at least 1, not {values}")
@@ -848,7 +844,8 @@ def main() -> None:
         for path in args.checkpoint:
             model = common.model_of(common.load_checkpoint(path))
             sizes.add(model.config["image_size"])
-            networks[str(Path(path).parent.name or path)] = lambda seed, model=model: model
+            name = Path(path).parent.name
+            networks[path if name in ("", *networks) else name] = lambda seed, m=model: m
         if len(sizes) > 1:
             common.fail(f"--checkpoint: trained at different image sizes {sorted(sizes)}")
         size, seeds = sizes.pop(), [0]
@@ -866,18 +863,20 @@ def main() -> None:
 
     # ---- measure ---------------------------------------------------------------------------------
     results, per_seed = {}, {}
-    bar = tqdm(disable=None, leave=False, unit=" blocks")
+    depths = (
+        [len(build(0).blocks) for build in networks.values()] if args.checkpoint else args.depths
+    )
+    total = (sum(depths) + len(depths)) * len(seeds)  # a step for each block, one for the whole
+    total *= 1 if args.checkpoint else len(args.variants)
+    bar = tqdm(total=total, disable=None, leave=False, unit=" blocks")
     for name, build in networks.items():
         runs = []
         for seed in seeds:
             torch.manual_seed(seed)
             model = build(seed).to(device)
-            if args.data is None and not args.checkpoint:
-                classes = labels
-            else:
-                classes = labels % model.config["num_classes"]
+            classes = labels % model.config["num_classes"]  # any class does for a gradient
             bar.set_description(f"{name}, seed {seed}")
-            # The Jacobians are dear and their kappa hardly varies on a log axis: one seed.
+            # Decomposing the Jacobians takes nearly all the time: the first seed's only.
             runs.append(
                 measure(model, images, classes, with_conditioning=seed == seeds[0], bar=bar)
             )
@@ -898,11 +897,11 @@ def main() -> None:
         print(conclusion(name, result))
     source = args.data or "Shapes"
     what = "trained networks" if args.checkpoint else f"{args.model} at initialisation"
-    title = f"{what}, {n} tokens, {len(images)} images of {source}, {len(seeds)} seeds"
+    title = f"{what}, {n} tokens, {len(images)} images of {source}; medians of {len(seeds)} seeds (K: the first)"
     draw(results, per_seed, args.out / "probe.png", title)
     record = dict(arguments={k: str(v) for k, v in vars(args).items()}, seeds=seeds, tokens=n,
                   torch=torch.__version__, medians=results, runs=per_seed)  # fmt: skip
-    text = json.dumps(record)
+    text = json.dumps(record).replace("Infinity", "1e999")  # which every JSON reader takes
     common.write_atomically(args.out / "probe.json", lambda p: p.write_text(text))
     print(f"\n{args.out}/probe.png, {args.out}/probe.json  ({time.time() - started:.0f} s)")
 

@@ -59,10 +59,11 @@ DEFAULTS = {
 }  # fmt: skip
 #                     residual  skipless
 DROP_PATH =           (0.1,     0.0)  # with --data; in the demo 0 for both  # fmt: skip
-LEARNING_RATE = {     # demo: residual, skipless, skipless with the default init; folder: the same
-    "soap":          ((5e-3, 3e-3, 3e-4), (3e-3, 1e-3, 3e-4)),
-    "adamw":         ((2e-3, 3e-4, 3e-4), (1e-3, 2e-4, 2e-4)),
-    "muon":          ((2e-3, 1e-3, 3e-4), (1e-3, 5e-4, 3e-4)),
+#                     residual  skipless                residual  skipless
+LEARNING_RATE = {     # demo                            # folder
+    "soap":          ((5e-3,    3e-3),                  (3e-3,    1e-3)),
+    "adamw":         ((2e-3,    3e-4),                  (1e-3,    2e-4)),
+    "muon":          ((2e-3,    1e-3),                  (1e-3,    5e-4)),
 }  # fmt: skip
 CONDITIONED_INIT = (
     dict(alpha=0.7, beta=1.0, c=3.0),  # demo: more identity, as (2, 0.6) learns slowly at this size
@@ -205,9 +206,8 @@ def settle(given: argparse.Namespace, stored: dict | None) -> argparse.Namespace
     skipless = bool(settings.get("skipless"))
     settings["skipless"], settings["compile"] = skipless, bool(settings.get("compile"))
     settings.setdefault("init", "conditioned" if skipless else "default")
-    kind = 0 if not skipless else 1 if settings["init"] == "conditioned" else 2
     settings.setdefault("drop_path", DROP_PATH[skipless] if folder else 0.0)
-    settings.setdefault("lr", LEARNING_RATE[settings["opt"]][folder][kind])
+    settings.setdefault("lr", LEARNING_RATE[settings["opt"]][folder][skipless])
     settings.setdefault("depth", PRESETS[settings["model"]]["depth"])
     settings.setdefault("workers", min(8, os.cpu_count() or 1) if folder else 0)
     constants = CONDITIONED_INIT[folder]

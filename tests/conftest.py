@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,13 @@ def run_script(*args, cwd: Path, launcher=()) -> subprocess.CompletedProcess:
     return subprocess.run(
         command, cwd=cwd, env=script_environment(), capture_output=True, text=True, timeout=200
     )
+
+
+def run_scripts(commands: dict, cwd: Path) -> dict:
+    """`run_script` for each named list of words, two at a time: most of their time is importing."""
+    with ThreadPoolExecutor(2) as pool:
+        done = pool.map(lambda words: run_script(*words, cwd=cwd), commands.values())
+        return dict(zip(commands, done))
 
 
 def assert_fails_in_one_line(done: subprocess.CompletedProcess, words: str) -> None:

@@ -8,7 +8,7 @@ import statistics
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, assert_fails_in_one_line, run_script
+from conftest import SMALL, assert_fails_in_one_line, run_script, run_scripts
 from torch import nn
 
 import jacobian_probe as probe
@@ -157,11 +157,17 @@ def test_measured_apjn_agrees_with_the_pair_recursion_and_not_with_the_scalar(n,
     assert abs(measured - scalar[0]) > 6 * error
 
 
-def test_gelu_moments():
-    phi2, cross, slope2, _ = probe.gelu_statistics(1.0, 0.0)
+def test_gaussian_moments():
+    phi2, cross, slope2, _ = probe.gaussian_moments(1.0, 0.0)
     assert phi2 == pytest.approx(0.425221, abs=1e-5)
     assert slope2 == pytest.approx(0.455851, abs=1e-5)
     assert cross / phi2 == pytest.approx(0.18714, abs=1e-4)  # as the MLP test measures it
+    tanh = (torch.tanh, lambda z: 1 - torch.tanh(z) ** 2)
+    phi2, _, slope2, _ = probe.gaussian_moments(1.0, 0.0, *tanh)
+    assert phi2 == pytest.approx(0.394294, abs=1e-5)
+    assert slope2 == pytest.approx(0.464403, abs=1e-5)
+    *_, alike = probe.gaussian_moments(1.3, 1.0)
+    assert alike == pytest.approx(probe.gaussian_moments(1.3, 0.0)[2])
 
 
 # ---- tokens, attention, gradients ----------------------------------------------------------------
@@ -262,20 +268,26 @@ def test_trained_networks_are_probed_from_their_files(image_root, tmp_path):
     assert_fails_in_one_line(done, "the loss of this network is nan")
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ("--variants residual plain", r"'plain' is unknown; possible: residual, residual\+cond"),
-        ("--variants skipless+dyt", r"unknown; possible: .*skipless\+conditioned"),
-        ("--image-size 30", "patch size must divide image size: image 30, patch 8"),
-        ("--checkpoint other.pt", "was not written by this project"),
-        ("--data nowhere", "nowhere: no such folder"),
-        ("--seeds 0", "--seeds must be at least 1"),
-    ],
-)
-def test_bad_flags_end_in_one_line(flags, words, tmp_path):
-    torch.save({"weights": 1}, tmp_path / "other.pt")
-    assert_fails_in_one_line(run_script("jacobian_probe.py", *flags.split(), cwd=tmp_path), words)
+BAD_FLAGS = {
+    "--variants residual plain": r"'plain' is unknown; possible: residual, residual\+cond",
+    "--variants skipless+dyt": r"unknown; possible: .*skipless\+conditioned",
+    "--image-size 30": "patch size must divide image size: image 30, patch 8",
+    "--checkpoint other.pt": "was not written by this project",
+    "--data nowhere": "nowhere: no such folder",
+    "--seeds 0": "--seeds must be at least 1",
+}
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("refused")
+    torch.save({"weights": 1}, cwd / "other.pt")
+    return run_scripts({f: ["jacobian_probe.py", *f.split()] for f in BAD_FLAGS}, cwd)
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_bad_flags_end_in_one_line(flags, refused):
+    assert_fails_in_one_line(refused[flags], BAD_FLAGS[flags])
 
 
 def test_explain_has_at_most_five_sentences_a_panel(tmp_path):

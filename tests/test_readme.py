@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_scripts
 from torch import nn
 
 from minskip import Block
@@ -97,10 +97,10 @@ def test_the_init_in_a_hugging_face_vit():
 
 def test_commands_name_real_flags(tmp_path):
     shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
-    known = ""
-    for script in ("train_cls.py", "experiments/photographs.py"):
-        known += run_script(script, "--help", cwd=tmp_path).stdout
-    others = {"--nproc-per-node", "--model"}  # torchrun's; the benchmarks'
+    scripts = ("train_cls.py", "jacobian_probe.py", "experiments/photographs.py")
+    done = run_scripts({script: [script, "--help"] for script in scripts}, tmp_path)
+    known = "".join(run.stdout for run in done.values())
+    others = {"--nproc-per-node"}  # torchrun's
     assert not {flag for flag in shown - others if not re.search(rf"{flag}\b", known)}
 
 

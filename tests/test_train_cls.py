@@ -16,6 +16,7 @@ from conftest import (
     assert_fails_in_one_line,
     make_image_folder,
     run_script,
+    run_scripts,
     script_environment,
 )
 
@@ -168,66 +169,83 @@ def test_two_processes_compute_the_gradient_of_one(image_root, tmp_path):
 # ---- bad input -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ("--data nowhere", "nowhere: no such folder"),
-        ("--data {root} --image-size 20", "patch size must divide image size: image 20, patch 8"),
-        ("--data {root} --batch-size 61", "exceeds the 60 training images"),
-        ("--data {root} --grad-accum 5", "multiple of processes x --grad-accum"),
-        ("--data {root} --device cuda:9", "CUDA devices? found here; use --device cpu"),
-        ("--data {root} --device tpu9", "is no device|CUDA"),
-        ("--data {root} --skipless --drop-path 0.1", "leave it out with --skipless"),
-        ("--data {root} --alpha 1", "--alpha set the conditioned init"),
-        ("--data {root} --skipless --c 0", "c and at least one of alpha and beta"),
-        ("--data {root} --warmup-epochs 2", "must be less than --epochs"),
-        ("--data {root} --lr 0", "--lr must be positive"),
-        ("--data {root} --ema 1", r"--ema must lie in \[0, 1\)"),
-        ("--data {root} --out {done}/runs/a", "holds a run already"),
-        ("--resume nowhere.pt", "nowhere.pt: no such file"),
-        ("--resume {done}/runs/a/log.jsonl", "damaged or of another program"),
-        ("--eval {root}/val/class0/00.png", "damaged or of another program"),
-        ("--resume {done}/runs/a/last.pt --lr 0.5", "--lr 0.5 contradicts the checkpoint"),
-        ("--resume a.pt --eval b.pt", "exclude each other"),
-    ],
-)
-def test_bad_flags_end_in_one_line(flags, words, image_root, finished, tmp_path):
-    flags = flags.format(root=image_root, done=finished[0]).split()
-    base = [] if "--resume" in flags or "--eval" in flags else RUN
-    assert_fails_in_one_line(run_script("train_cls.py", *base, *flags, cwd=tmp_path), words)
+BAD_FLAGS = {
+    "--data nowhere": "nowhere: no such folder",
+    "--data {root} --image-size 20": "patch size must divide image size: image 20, patch 8",
+    "--data {root} --batch-size 61": "exceeds the 60 training images",
+    "--data {root} --grad-accum 5": "multiple of processes x --grad-accum",
+    "--data {root} --device cuda:9": "CUDA devices? found here; use --device cpu",
+    "--data {root} --device mps": "is not known here; use auto, cpu, cuda",
+    "--data {root} --skipless --drop-path 0.1": "leave it out with --skipless",
+    "--data {root} --alpha 1": "--alpha set the conditioned init",
+    "--data {root} --skipless --c 0": "c and at least one of alpha and beta",
+    "--data {root} --warmup-epochs 2": "must be less than --epochs",
+    "--data {root} --lr 0": "--lr must be positive",
+    "--data {root} --ema 1": r"--ema must lie in \[0, 1\)",
+    "--data {root} --out {done}/runs/a": "holds a run already",
+    "--resume nowhere.pt": "nowhere.pt: no such file",
+    "--resume {done}/runs/a/log.jsonl": "damaged or of another program",
+    "--eval {root}/val/class0/00.png": "damaged or of another program",
+    "--resume {done}/runs/a/last.pt --lr 0.5": "--lr 0.5 contradicts the checkpoint",
+    "--resume a.pt --eval b.pt": "exclude each other",
+}
 
 
-@pytest.mark.parametrize(
-    "damage, words",
-    [
-        ("no val", r"no folder .*val; expected ROOT/val/<class>/<image files>"),
-        ("no classes", "Couldn't find any class folder"),
-        ("empty class", "class1"),
-        ("other classes", r"same classes; only in train: \['class1'\], only in val: \['class9'\]"),
-        ("text", r"cannot read image .*00\.png"),
-        ("cut short", r"cannot read image .*00\.png"),
-    ],
-)
-def test_bad_folders_end_in_one_line(damage, words, tmp_path):
-    root = make_image_folder(tmp_path / "images")
-    image = root / "train/class0/00.png"
-    if damage == "no val":
-        shutil.rmtree(root / "val")
-    elif damage == "no classes":
-        shutil.rmtree(root / "train")
-        (root / "train").mkdir()
-    elif damage == "empty class":
-        shutil.rmtree(root / "train/class1")
-        (root / "train/class1").mkdir()
-    elif damage == "other classes":
-        (root / "val/class1").rename(root / "val/class9")
-    elif damage == "text":
-        image.write_text("this is no image")
-    elif damage == "cut short":
-        image.write_bytes(image.read_bytes()[:-200])
-    done = run_script("train_cls.py", "--data", root, *RUN, cwd=tmp_path)
-    assert_fails_in_one_line(done, words)
-    assert not (tmp_path / "runs").exists()
+@pytest.fixture(scope="module")
+def refused(image_root, finished, tmp_path_factory):
+    commands = {}
+    for flags in BAD_FLAGS:
+        words = flags.format(root=image_root, done=finished[0]).split()
+        base = [] if "--resume" in flags or "--eval" in flags else RUN
+        commands[flags] = ["train_cls.py", *base, *words]
+    return run_scripts(commands, cwd=tmp_path_factory.mktemp("refused"))
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_bad_flags_end_in_one_line(flags, refused):
+    assert_fails_in_one_line(refused[flags], BAD_FLAGS[flags])
+
+
+BAD_FOLDERS = {
+    "no val": r"no folder .*val; expected ROOT/val/<class>/<image files>",
+    "no classes": "Couldn't find any class folder",
+    "empty class": "class1",
+    "other classes": r"same classes; only in train: \['class1'\], only in val: \['class9'\]",
+    "text": r"cannot read image .*00\.png",
+    "cut short": r"cannot read image .*00\.png",
+}
+
+
+@pytest.fixture(scope="module")
+def refused_folders(tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("damaged")
+    commands = {}
+    for damage in BAD_FOLDERS:
+        root = make_image_folder(cwd / damage.replace(" ", "-"))
+        image = root / "train/class0/00.png"
+        if damage == "no val":
+            shutil.rmtree(root / "val")
+        elif damage == "no classes":
+            shutil.rmtree(root / "train")
+            (root / "train").mkdir()
+        elif damage == "empty class":
+            shutil.rmtree(root / "train/class1")
+            (root / "train/class1").mkdir()
+        elif damage == "other classes":
+            (root / "val/class1").rename(root / "val/class9")
+        elif damage == "text":
+            image.write_text("this is no image")
+        elif damage == "cut short":
+            image.write_bytes(image.read_bytes()[:-200])
+        commands[damage] = ["train_cls.py", "--data", root, *RUN]
+    done = run_scripts(commands, cwd)
+    assert not (cwd / "runs").exists()  # nothing was begun
+    return done
+
+
+@pytest.mark.parametrize("damage", BAD_FOLDERS)
+def test_bad_folders_end_in_one_line(damage, refused_folders):
+    assert_fails_in_one_line(refused_folders[damage], BAD_FOLDERS[damage])
 
 
 def test_eval_on_other_classes_is_refused(finished, tmp_path):
