@@ -897,7 +897,8 @@ def main() -> None:
         print(conclusion(name, result))
     source = args.data or "Shapes"
     what = "trained networks" if args.checkpoint else f"{args.model} at initialisation"
-    title = f"{what}, {n} tokens, {len(images)} images of {source}; medians of {len(seeds)} seeds (K: the first)"
+    title = f"{what}, {n} tokens, {len(images)} images of {source}; "
+    title += f"median of {len(seeds)} seeds, K of the first"
     draw(results, per_seed, args.out / "probe.png", title)
     record = dict(arguments={k: str(v) for k, v in vars(args).items()}, seeds=seeds, tokens=n,
                   torch=torch.__version__, medians=results, runs=per_seed)  # fmt: skip

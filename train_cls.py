@@ -100,7 +100,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--init",
         "weights a skipless network starts from; default: the usual std 0.02, which "
-        "leaves it untrainable [conditioned with --skipless, default without]",
+        "lets it learn little or nothing [conditioned with --skipless, default without]",
         choices=["conditioned", "default"],
     )
     add(
