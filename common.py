@@ -3,9 +3,9 @@
 Two conventions run through it.
 
 **Randomness is a function, not a stream.** Every random number of a run (weights, order of the
-images, augmentation, drop-path) comes from a seed computed from (run seed, epoch, image) or
-(run seed, step). So a resumed run needs no stored generator state to equal an uninterrupted one,
-and neither does it matter how many loader workers there are.
+images, augmentation, drop-path) comes from a seed computed from the run's seed, what it is for,
+and the epoch, step and place in the batch. So a resumed run needs no stored generator state to
+equal an uninterrupted one, and neither does it matter how many loader workers there are.
 
 **Bad input ends in one line.** `fail` prints what, where and what to do, and exits with code 2.
 """
@@ -14,7 +14,6 @@ import functools
 import json
 import math
 import os
-import pickle
 import re
 import signal
 import sys
@@ -91,11 +90,15 @@ def start_processes(device_name: str) -> tuple[torch.device, int, int]:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count() if torch.cuda.is_available() else "no"
         fail(f"--device {device_name}: {found} CUDA devices found here; use --device cpu or auto")
-    if "RANK" not in os.environ:
-        return device, 0, 1
+    launched = "RANK" in os.environ
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        number = int(os.environ["LOCAL_RANK"]) if launched else device.index or 0
+        if number >= torch.cuda.device_count():
+            fail(f"--nproc-per-node exceeds the {torch.cuda.device_count()} CUDA devices here")
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
+    if not launched:
+        return device, 0, 1
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device, dist.get_rank(), dist.get_world_size()
 
@@ -263,7 +266,7 @@ def open_rgb(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UnreadableImage(f"cannot read image {path} ({error}); repair or remove it") from error
 
 
@@ -437,8 +440,9 @@ class Batches:
 
 def _start_worker(_: int) -> None:
     # Ctrl-C goes to every process of the terminal; the main process alone decides what it means.
+    # A batch system sends SIGTERM to all of them too. They end when the main process does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def make_loader(
@@ -483,11 +487,9 @@ def load_checkpoint(path: str, script: str | None = None) -> dict:
         fail(f"checkpoint {path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0][:80] if str(error).strip() else "unreadable"
-        fail(
-            f"checkpoint {path} is damaged or of another program ({reason}); use a file saved here"
-        )
+    except Exception as error:  # whatever a file of any other kind makes the reader stumble over
+        kind = type(error).__name__
+        fail(f"checkpoint {path} is damaged or of another program ({kind}); use a file saved here")
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
         fail(
             f"checkpoint {path} was not written by this project; use one of its last.pt or best.pt"
@@ -529,10 +531,13 @@ def plot_curves(out: Path, panels: dict[str, str]) -> None:
     panels: log key -> axis label. Runs that differ only by a suffix -seedN share a colour.
     """
     runs = {}
-    for log in sorted(out.parent.glob("*/log.jsonl")):
-        rows = [json.loads(line) for line in log.read_text().splitlines()]
-        if rows and all(key in rows[-1] for key in panels):
-            runs[log.parent.name] = rows
+    for log in sorted(out.resolve().parent.glob("*/log.jsonl")):
+        try:
+            rows = [json.loads(line) for line in log.read_text().splitlines()]
+            if rows and all(key in row for row in rows for key in ("epoch", *panels)):
+                runs[log.parent.name] = rows
+        except (ValueError, TypeError, OSError):
+            continue  # another program's log of the same name is no reason to stop a run
     groups = list(dict.fromkeys(re.sub(r"-seed\d+$", "", name) for name in runs))
     figure, axes = plt.subplots(
         1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False, layout="constrained"

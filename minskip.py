@@ -157,6 +157,8 @@ class ViT(nn.Module):
             raise ValueError(f"residual must lie in [0, 1], not {residual}")
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path must lie in [0, 1), not {drop_path}")
+        if position_std < 0:
+            raise ValueError(f"position_std must not be negative: {position_std}")
         if drop_path and not residual:
             raise ValueError("drop_path needs a skip connection; with residual=False leave it at 0")
         # Everything needed to build this network again; checkpoints store it beside the weights.
@@ -199,7 +201,8 @@ class ViT(nn.Module):
         nn.init.trunc_normal_(self.patch_embedding.weight, std=fan_in**-0.5)
         nn.init.zeros_(self.patch_embedding.bias)
         std = self.config["position_std"]
-        nn.init.trunc_normal_(self.position_embedding, std=std, a=-2 * std, b=2 * std)
+        if std:
+            nn.init.trunc_normal_(self.position_embedding, std=std, a=-2 * std, b=2 * std)
         if self.class_token is not None:
             nn.init.normal_(self.class_token, std=1e-6)
 
@@ -315,9 +318,11 @@ def query_key_projections(
 
     One SVD serves all heads. Z and R Z R^T have the same law for every orthogonal R, and
     R (alpha Z + beta I) R^T = alpha R Z R^T + beta I has the singular vectors R U and R V. So each
-    head gets a Haar rotation R of its own: its Z is Gaussian exactly as drawn afresh, only the
-    singular values, which hardly fluctuate, are shared. And R is needed only on the span of the
-    2 d_h singular vectors kept, where it is a Haar (d, 2 d_h) frame: a thin QR.
+    head gets a Haar rotation R of its own: its Z, taken alone, has exactly the law of a fresh one.
+    What the heads of a block share is what no rotation changes, the singular values and U^T V
+    (hence the trace of W_Q W_K^T), which fluctuate by O(1) around values of O(d). And R is needed
+    only on the span of the 2 d_h singular vectors kept, where it is a Haar (d, 2 d_h) frame: a
+    thin QR.
     """
     if width % heads:
         raise ValueError(f"heads must divide width: width {width}, heads {heads}")

@@ -116,8 +116,8 @@ class SOAP(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")  # TF32 spoils the factors' small eigenvalues
+        matmul = torch.backends.cuda.matmul
+        precision, matmul.fp32_precision = matmul.fp32_precision, "ieee"  # TF32 spoils the factors
         try:
             for group in self.param_groups:
                 alike = defaultdict(list)
@@ -131,7 +131,7 @@ class SOAP(Optimizer):
                 for (*_, step), params in alike.items():
                     self._step_alike(params, step, group)
         finally:
-            torch.set_float32_matmul_precision(precision)
+            matmul.fp32_precision = precision
         return loss
 
     def _step_alike(self, params: list[Tensor], step: int, group: dict) -> None:

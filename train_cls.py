@@ -74,6 +74,7 @@ SHAPES_TRAIN, SHAPES_VAL = 20_000, 2_000
 
 # Flags that may differ between a run and its continuation without changing its result.
 FREE_TO_CHANGE = {"data", "out", "device", "workers", "compile", "resume", "eval"}
+FREE_IN_EVAL = {"batch_size", "amp"}  # ... nor the accuracy of a finished network, up to rounding
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -181,6 +182,7 @@ def parse_arguments() -> argparse.Namespace:
         "measure this checkpoint on val and stop; the network is rebuilt from the file",
         metavar="CKPT",
     )
+    p.error = common.fail  # one line, like every other mistake
     return p.parse_args()
 
 
@@ -191,8 +193,9 @@ def settle(given: argparse.Namespace, stored: dict | None) -> argparse.Namespace
     """
     explicit = {name: value for name, value in vars(given).items() if value is not None}
     if stored is not None:
+        free = FREE_TO_CHANGE | (FREE_IN_EVAL if given.eval else set())
         for name, value in explicit.items():
-            if name not in FREE_TO_CHANGE and value != stored.get(name):
+            if name not in free and value != stored.get(name):
                 flag = "--" + name.replace("_", "-")
                 common.fail(
                     f"{flag} {value} contradicts the checkpoint, trained with {stored.get(name)}; "
@@ -228,6 +231,8 @@ def settle(given: argparse.Namespace, stored: dict | None) -> argparse.Namespace
     for name in ("label_smoothing", "ema", "drop_path"):
         if not 0 <= getattr(args, name) < 1:
             common.fail(f"--{name.replace('_', '-')} must lie in [0, 1): {getattr(args, name)}")
+    if args.seed >= 2**32:
+        common.fail(f"--seed must be below 2^32, not {args.seed}")
     if args.drop_path and skipless:
         common.fail("--drop-path needs skip connections: leave it out with --skipless")
     if args.warmup_epochs >= args.epochs:
@@ -315,13 +320,11 @@ def run_folder(args: argparse.Namespace) -> Path:
         return Path(args.out)
     kind = f"skipless-{args.init}" if args.skipless else "residual"
     stem = f"cls-{args.model}-{kind}-{args.opt}"
-    number = 1
-    while True:
-        suffix = "" if number == 1 else f"-run{number}"
-        out = Path("runs") / f"{stem}{suffix}-seed{args.seed}"
-        if not (out / "last.pt").exists():
-            return out
+    out, number = Path("runs") / f"{stem}-seed{args.seed}", 1
+    while out.exists():
         number += 1
+        out = Path("runs") / f"{stem}-run{number}-seed{args.seed}"
+    return out
 
 
 def main() -> None:
@@ -347,19 +350,19 @@ def main() -> None:
     if checkpoint and checkpoint["classes"] != classes:
         common.fail(f"{data_name} has other classes than checkpoint {path} was trained on")
     part, rest = divmod(args.batch_size, world * args.grad_accum)
-    if rest or not part:
+    if (rest or not part) and not args.eval:
         common.fail(
             f"--batch-size {args.batch_size} must be a multiple of processes x --grad-accum = "
             f"{world} x {args.grad_accum}"
         )
-    if args.batch_size > len(train_set):
+    if args.batch_size > len(train_set) and not args.eval:
         common.fail(
             f"--batch-size {args.batch_size} exceeds the {len(train_set)} training images of "
             f"{data_name}; make it smaller"
         )
     to_train, to_val = common.augmentations(args.image_size, drawn=args.data is None)
     train_batches = common.Batches(len(train_set), args.batch_size, args.seed, True, rank, world)
-    val_batches = common.Batches(len(val_set), max(args.batch_size, 256), 0, False, rank, world)
+    val_batches = common.Batches(len(val_set), 256, 0, False, rank, world)
     train_loader = common.make_loader(
         common.Seeded(train_set, to_train), train_batches, args.workers, device
     )
@@ -411,6 +414,11 @@ def main() -> None:
     optimizers = build_optimizers(model, args)
     steps_an_epoch = len(train_batches)
     warmup_steps = round(args.warmup_epochs * steps_an_epoch)
+    if warmup_steps >= args.epochs * steps_an_epoch:
+        common.fail(
+            f"--warmup-epochs {args.warmup_epochs} leaves no step of the {steps_an_epoch} x "
+            f"{args.epochs} for training; make it smaller"
+        )
     schedules = [warmup_cosine(o, warmup_steps, args.epochs * steps_an_epoch) for o in optimizers]
     mixes = []
     if args.mixup:
@@ -422,6 +430,12 @@ def main() -> None:
     history, first_epoch, first_step, seconds = [], 0, 0, 0.0
     loss_sum = torch.zeros((), device=device)  # of this process, over the epoch's steps
     if checkpoint:
+        before = (checkpoint["images"], checkpoint["processes"])
+        if before != (len(train_set), world):
+            common.fail(
+                f"--resume {args.resume}: that run had {before[0]} training images and {before[1]} "
+                f"processes, this one {len(train_set)} and {world}; give it the same"
+            )
         model.load_state_dict(checkpoint["model"])
         if ema:
             ema.load_state_dict(checkpoint["ema"])
@@ -432,12 +446,17 @@ def main() -> None:
         history, first_epoch = checkpoint["history"], checkpoint["epoch"]
         first_step, seconds = checkpoint["step"], checkpoint["seconds"]
         loss_sum += checkpoint["loss_sum"]
-        out = Path(args.out) if given.out else Path(args.resume).parent
+        here = Path(args.resume).resolve().parent
+        same = given.out is None or Path(given.out).resolve() == here
+        out = here if same else run_folder(args)
         say(f"resume  {args.resume} at epoch {first_epoch}, step {first_step}")
     else:
         out = run_folder(args)
     if main_process:
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            common.fail(f"--out {out}: cannot make this folder ({error.strerror})")
     say(
         f"train   {args.epochs} epochs of {steps_an_epoch} steps of {args.batch_size}, {args.opt}, "
         f"lr {args.lr:g}, weight decay {args.weight_decay:g}, on {device} x {world}, "
@@ -460,6 +479,8 @@ def main() -> None:
                 script="train_cls",
                 args=stored_args,
                 classes=classes,
+                images=len(train_set),
+                processes=world,
                 model_config=model.config,
                 model=model.state_dict(),
                 ema=ema.state_dict() if ema else None,
@@ -472,17 +493,30 @@ def main() -> None:
                 loss_sum=float(loss_sum),
             )
 
-    def stop_if_not_finite(value: float, what: str, epoch: int, step: int) -> None:
-        if not math.isfinite(value):
-            kept = (
-                f"{out / 'last.pt'} is kept" if (out / "last.pt").exists() else "nothing saved yet"
-            )
-            common.fail(
-                f"{what} is {value} at epoch {epoch + 1}, step {step + 1}, lr "
-                f"{optimizers[0].param_groups[0]['lr']:.2g}; {kept}. Usual causes: --lr too large, "
-                f"--warmup-epochs too short, --clip-grad off",
-                code=1,
-            )
+    def break_off(what: str, epoch: int, step: int) -> None:
+        """End a run that has gone wrong; what was saved before is good and stays."""
+        kept = f"{out / 'last.pt'} is kept" if (out / "last.pt").exists() else "nothing saved yet"
+        common.fail(
+            f"{what} at epoch {epoch + 1}, step {step + 1}, lr "
+            f"{optimizers[0].param_groups[0]['lr']:.2g}; {kept}. Usual causes: --lr too large, "
+            f"--warmup-epochs too short, --clip-grad off",
+            code=1,
+        )
+
+    def leave_if_asked(epoch: int, step: int) -> None:
+        """On Ctrl-C or SIGTERM save, unless saved just now, and end with the shell's usual code."""
+        number = stop.requested(device)
+        if not number:
+            return
+        if step:
+            if dist.is_initialized():
+                dist.all_reduce(loss_sum)
+                loss_sum.div_(world)
+            save("last.pt", epoch, step)
+        say(f"stopped at epoch {epoch + 1}, step {step}; continue with --resume {out / 'last.pt'}")
+        if dist.is_initialized():
+            dist.barrier()  # torchrun ends all when the first leaves: save before that
+        raise SystemExit(128 + number)
 
     # ---- training --------------------------------------------------------------------------------
     # Reading a number off the GPU waits for it, so the loss is looked at now and then only.
@@ -526,31 +560,22 @@ def main() -> None:
             last = step + 1 == steps_an_epoch
             if last or (step + 1) % look_every == 0:
                 mean_loss = float(loss_sum) / (step + 1)
-                stop_if_not_finite(mean_loss, "the loss", epoch, step)
+                if not math.isfinite(mean_loss):
+                    break_off(f"the loss is {mean_loss}", epoch, step)
                 bar.set_postfix(loss=f"{mean_loss:.3f}", lr=f"{schedules[0].get_last_lr()[0]:.1e}")
             try:
                 for optimizer in optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
-            except torch.linalg.LinAlgError:  # SOAP: no eigenvectors of what is not finite
-                stop_if_not_finite(math.nan, "the gradient", epoch, step)
+            except torch.linalg.LinAlgError:
+                break_off("SOAP found no eigenvectors (a gradient not finite?)", epoch, step)
             for schedule in schedules:
                 schedule.step()
             if ema:
                 ema.update_parameters(model)
-            if not last and (step + 1) % look_every == 0 and (number := stop.requested(device)):
-                bar.close()
-                if dist.is_initialized():
-                    dist.all_reduce(loss_sum)
-                    loss_sum /= world
-                save("last.pt", epoch, step + 1)
-                say(
-                    f"stopped at epoch {epoch + 1}, step {step + 1}; continue with "
-                    f"--resume {out / 'last.pt'}"
-                )
-                if dist.is_initialized():
-                    dist.barrier()  # torchrun ends all when the first leaves: save before that
-                raise SystemExit(128 + number)
+            if not last and (step + 1) % look_every == 0:
+                leave_if_asked(epoch, step + 1)
+        bar.close()
 
         # ---- end of an epoch ---------------------------------------------------------------------
         if dist.is_initialized():
@@ -561,7 +586,8 @@ def main() -> None:
         first_step = 0
         row = dict(epoch=epoch + 1, train_loss=train_loss)
         row |= evaluate(measured, val_loader, device, args.amp)
-        stop_if_not_finite(row["val_loss"], "the validation loss", epoch, steps_an_epoch - 1)
+        if not math.isfinite(row["val_loss"]):
+            break_off(f"the validation loss is {row['val_loss']}", epoch, steps_an_epoch - 1)
         minutes = (seconds + time.time() - started) / 60
         row |= dict(lr=schedules[0].get_last_lr()[0], images_per_s=round(rate, 1))
         row |= dict(minutes=round(minutes, 3))
@@ -576,6 +602,8 @@ def main() -> None:
         if main_process:
             common.write_log(out / "log.jsonl", history)
             common.plot_curves(out, dict(train_loss="training loss", top1="val top-1, %"))
+        if epoch + 1 < args.epochs:
+            leave_if_asked(epoch + 1, 0)
 
     final = history[-1]
     say(

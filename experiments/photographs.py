@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 EPOCHS = 12
+TRAINER = str(Path(__file__).resolve().parent.parent / "train_cls.py")
 SETTINGS = (
     f"--model nano --image-size 64 --patch-size 16 --epochs {EPOCHS} --warmup-epochs 2 "
     "--batch-size 64 --position-std 0.5 --mixup 0 --cutmix 0 --opt soap --workers 0"
@@ -47,7 +48,11 @@ def link(source: Path, files: list[Path], target: Path) -> None:
 
 def make_folders(data: Path, work: Path) -> None:
     """work/tune: training images less every fifth, against that fifth; work/full: train and val."""
-    classes = sorted(folder.name for folder in (data / "train").iterdir())[:CLASSES]
+    if not (data / "train").is_dir() or not (data / "val").is_dir():
+        sys.exit(f"--data {data}: expected train/<class>/* and val/<class>/* in it")
+    classes = sorted(d.name for d in (data / "train").iterdir() if d.is_dir())[:CLASSES]
+    if missing := [name for name in classes if not (data / "val" / name).is_dir()]:
+        sys.exit(f"--data {data}: val/ has no folder for {missing[:3]}")
     for name in classes:
         files = sorted((data / "train" / name).iterdir())
         link(data / "train", [f for i, f in enumerate(files) if i % 5], work / "tune" / "train")
@@ -67,10 +72,10 @@ def train(job: tuple[Path, str, str, int, Path]) -> None:
     data, arm, lr, seed, out = job
     if last_row(out):
         return
-    command = [sys.executable, "train_cls.py", "--data", str(data), "--out", str(out), *SETTINGS,
+    command = [sys.executable, TRAINER, "--data", str(data), "--out", str(out), *SETTINGS,
                *ARMS[arm].split(), "--lr", lr, "--seed", str(seed)]  # fmt: skip
     if (out / "last.pt").exists():
-        command = [sys.executable, "train_cls.py", "--resume", str(out / "last.pt")]
+        command = [sys.executable, TRAINER, "--resume", str(out / "last.pt")]
     # One thread a run and as many runs as cores: small matrices use two cores badly.
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
     if done.returncode:

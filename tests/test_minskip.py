@@ -240,7 +240,7 @@ def test_one_default_attention_layer_leaves_no_token_differences():
 
 
 def test_default_init_loses_the_tokens_at_once_and_the_conditioned_one_later():
-    """Two blocks suffice for the default init; the published constants last about eight (L = 12).
+    """Two blocks suffice for the default init; the published constants lose them before block 12.
 
     That they do not last longer is a fact about them, and shown here as one.
     """

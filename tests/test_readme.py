@@ -1,5 +1,6 @@
 """The README's code is run, its commands name real flags."""
 
+import copy
 import re
 
 import pytest
@@ -35,7 +36,7 @@ def as_our_block(eps, qkv, qkv_bias, out, fc1, fc2) -> Block:
     return block
 
 
-def check(theirs: nn.Module, ours: Block, run=lambda block, x: block(x)) -> None:
+def check(theirs: nn.Module, ours: Block) -> None:
     """The weights are conditioned, the skip is gone, and their block computes what ours does."""
     product = ours.attention.W_O.weight @ ours.attention.W_V.weight
     singular = torch.linalg.svdvals(product)
@@ -43,8 +44,12 @@ def check(theirs: nn.Module, ours: Block, run=lambda block, x: block(x)) -> None
     up = ours.mlp.fc1.weight
     assert torch.allclose(up.T @ up, 4 * torch.eye(WIDTH), atol=1e-4)
     x = torch.randn(2, 7, WIDTH)
+    twin = copy.deepcopy(theirs)  # as an averaged model or a teacher is made
     with torch.no_grad():
-        assert torch.allclose(run(theirs, x), ours(x), atol=1e-4)
+        assert torch.allclose(theirs(x), ours(x), atol=1e-4)
+        for p in twin.parameters():
+            p.zero_()
+        assert twin(x).abs().max() == 0
 
 
 def test_the_init_in_a_timm_vit():

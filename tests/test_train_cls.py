@@ -1,6 +1,7 @@
 """The supervised trainer, run as a user runs it: on files, from the command line."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -131,6 +132,26 @@ def test_an_interrupted_run_resumes_exactly(image_root, tmp_path):
     assert_equal_runs(load(tmp_path / "runs/a/last.pt"), load(out / "last.pt"))
 
 
+def test_a_signal_is_heeded_with_one_step_an_epoch(image_root, tmp_path):
+    """Then there is no mid-epoch: the run must leave between two epochs. Workers get it too."""
+    args = ["--data", image_root, *SMALL, "--batch-size", "60", "--epochs", "500", "--out", "run"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_cls.py"), *map(str, args), "--workers", "1"],
+        cwd=tmp_path,
+        env=script_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not (tmp_path / "run/log.jsonl").exists() and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, stdout + stderr
+    assert 1 <= load(tmp_path / "run/last.pt")["epoch"] < 500
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(finished, tmp_path):
     folder, _ = finished
     path = tmp_path / "last.pt"
@@ -181,6 +202,11 @@ BAD_FLAGS = {
     "--data {root} --skipless --c 0": "c and at least one of alpha and beta",
     "--data {root} --warmup-epochs 2": "must be less than --epochs",
     "--data {root} --lr 0": "--lr must be positive",
+    "--data {root} --epochs x": "argument --epochs: invalid int value",
+    "--data {root} --epochs 1 --warmup-epochs 0.95": "leaves no step",
+    "--data {root} --out {root}/val/class0/00.png": "cannot make this folder",
+    "--resume {done}/runs/a/last.pt --data {done}/other": "that run had 60 training images",
+    "--resume {done}/runs/a/last.pt --out {done}/runs/b": "holds a run already",
     "--data {root} --ema 1": r"--ema must lie in \[0, 1\)",
     "--data {root} --out {done}/runs/a": "holds a run already",
     "--resume nowhere.pt": "nowhere.pt: no such file",
@@ -193,6 +219,9 @@ BAD_FLAGS = {
 
 @pytest.fixture(scope="module")
 def refused(image_root, finished, tmp_path_factory):
+    other = make_image_folder(finished[0] / "other")
+    (other / "train/class0/00.png").unlink()
+    shutil.copytree(finished[0] / "runs/a", finished[0] / "runs/b")
     commands = {}
     for flags in BAD_FLAGS:
         words = flags.format(root=image_root, done=finished[0]).split()
