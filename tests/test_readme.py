@@ -105,7 +105,7 @@ def test_commands_name_real_flags(tmp_path):
     scripts = ("train_cls.py", "jacobian_probe.py", "experiments/photographs.py")
     done = run_scripts({script: [script, "--help"] for script in scripts}, tmp_path)
     known = "".join(run.stdout for run in done.values())
-    others = {"--nproc-per-node"}  # torchrun's
+    others = {"--nproc-per-node", "--steps"}  # torchrun's, a benchmark's
     assert not {flag for flag in shown - others if not re.search(rf"{flag}\b", known)}
 
 
