@@ -525,6 +525,12 @@ def write_log(path: Path, rows: list[dict]) -> None:
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """Write a figure as PNG, atomically, and let go of it."""
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+    plt.close(figure)
+
+
 def plot_curves(out: Path, panels: dict[str, str]) -> None:
     """`out/curves.png`: every run beside `out` (each folder with a log.jsonl) in one picture.
 
@@ -564,5 +570,4 @@ def plot_curves(out: Path, panels: dict[str, str]) -> None:
         ax.grid(alpha=0.25)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    write_atomically(out / "curves.png", lambda path: figure.savefig(path, dpi=130, format="png"))
-    plt.close(figure)
+    save_figure(figure, out / "curves.png")

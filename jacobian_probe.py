@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -34,9 +34,6 @@ from tqdm import tqdm
 
 import common
 from minskip import PRESETS, Attention, Block, ViT, conditioned_init_
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 # --------------------------------------------------------------------------------------------------
 # Variants: combinations spelled in the model's own words
@@ -314,6 +311,14 @@ def mlp_jacobians(mlp: nn.Module, y: Tensor) -> Tensor:
     return einsum(mlp.fc2.weight, slope, mlp.fc1.weight, "i h, t h, h j -> t i j")
 
 
+def orthogonalised(x: Tensor, basis: list[Tensor]) -> Tensor:
+    """x less its part in the span of orthonormal vectors; one pass leaves rounding, two do not."""
+    for _ in range(2):
+        for vector in basis:
+            x = x - (vector @ x) * vector
+    return x
+
+
 def golub_kahan(
     forward: Callable[[Tensor], Tensor],
     adjoint: Callable[[Tensor], Tensor],
@@ -328,19 +333,12 @@ def golub_kahan(
     right, left = [start / start.norm()], []
     alphas, betas = [], []
     for _ in range(iterations):
-        u = forward(right[-1])
-        for basis in left:
-            u = u - (basis @ u) * basis
-        for basis in left:  # twice is enough
-            u = u - (basis @ u) * basis
+        u = orthogonalised(forward(right[-1]), left)
         alphas.append(u.norm())
         if alphas[-1] == 0:
             break
         left.append(u / alphas[-1])
-        v = adjoint(left[-1])
-        for _ in range(2):
-            for basis in right:
-                v = v - (basis @ v) * basis
+        v = orthogonalised(adjoint(left[-1]), right)
         betas.append(v.norm())
         if betas[-1] <= 1e-12 * alphas[0]:
             break
@@ -541,8 +539,7 @@ def draw(results: dict[str, dict], per_seed: dict[str, list], path: Path, title:
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=10)
-    common.write_atomically(path, lambda p: figure.savefig(p, dpi=120, format="png"))
-    plt.close(figure)
+    common.save_figure(figure, path)
 
 
 def shown(value: float) -> str:
@@ -593,10 +590,8 @@ def conclusion(name: str, result: dict) -> str:
         f"the gradient of W_Q {'falls' if middle < 1 else 'grows'} "
         f"{shown(max(middle, 1 / max(middle, 1e-300)))}-fold from block 1 to {L // 2 + 1}"
     )
-    kappa = statistics.median(result["blocks"]["kappa_attention"])
-    used = "K + I" if result["residual"] else "K"
-    if result["residual"]:
-        kappa = statistics.median(result["blocks"]["kappa_attention_plus_I"])
+    used, key = ("K + I", "attention_plus_I") if result["residual"] else ("K", "attention")
+    kappa = statistics.median(result["blocks"][f"kappa_{key}"])
     at_least = "" if all(result["blocks"]["exact"]) else ">= "
     return f"{name}: {tokens}; {gradient}; median kappa of {used} {at_least}{shown(kappa)}."
 
@@ -650,10 +645,7 @@ def demo_gradient_flow(out: Path) -> None:
     ax.set_title(f"gradient norm, median of {seeds} seeds", fontsize=10)
     ax.legend(frameon=False, fontsize=9)
     ax.spines[["top", "right"]].set_visible(False)
-    common.write_atomically(
-        out / "gradient-flow.png", lambda p: figure.savefig(p, dpi=120, format="png")
-    )
-    plt.close(figure)
+    common.save_figure(figure, out / "gradient-flow.png")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -759,10 +751,7 @@ def demo_convergence(out: Path, seeds: int, max_steps: int = 8000) -> None:
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("loss / first loss")
     axes[0].legend(frameon=False, fontsize=8)
-    common.write_atomically(
-        out / "convergence.png", lambda p: figure.savefig(p, dpi=120, format="png")
-    )
-    plt.close(figure)
+    common.save_figure(figure, out / "convergence.png")
 
 
 # --------------------------------------------------------------------------------------------------

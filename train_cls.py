@@ -372,7 +372,9 @@ def main() -> None:
 
     # ---- model -----------------------------------------------------------------------------------
     torch.manual_seed(args.seed)
-    if checkpoint:
+    if args.eval:
+        model = common.model_of(checkpoint)
+    elif checkpoint:
         model = ViT(**checkpoint["model_config"])
     else:
         try:
@@ -391,8 +393,6 @@ def main() -> None:
         except ValueError as error:
             common.fail(str(error))
     model.to(device)
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
-    measured = ema or model
     kind = f"skipless, {args.init} init" if args.skipless else f"residual, {args.init} init"
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     say(f"model   ViT {args.model}, {args.depth} blocks, {parameters:.2f} M parameters, {kind}")
@@ -402,7 +402,6 @@ def main() -> None:
     )
 
     if args.eval:
-        model = common.model_of(checkpoint).to(device)
         result = evaluate(model, val_loader, device, args.amp)
         say(
             f"top-1 {result['top1']:.1f} %  top-5 {result['top5']:.1f} %  "
@@ -411,6 +410,8 @@ def main() -> None:
         return
 
     # ---- optimizer, schedule, resume -------------------------------------------------------------
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
+    measured = ema or model
     optimizers = build_optimizers(model, args)
     steps_an_epoch = len(train_batches)
     warmup_steps = round(args.warmup_epochs * steps_an_epoch)
