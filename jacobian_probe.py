@@ -10,8 +10,9 @@ OUT/probe.png (one panel per quantity). `--explain` says what each panel means.
 
 Sources: the conditioning view is Ji et al., "Cutting the Skip" (arXiv 2510.00345); the averaged
 partial Jacobian norm (APJN) and its recursions are from "Subcritical Signal Propagation at
-Initialization in Normalization-Free Transformers"; the attention output's singular values from
-"Convergence of Gradient Descent on Transformers with Residual Connections" (arXiv 2506.05249).
+Initialization in Normalization-Free Transformers" (arXiv 2604.11890); the attention output's
+singular values from "Convergence of Gradient Descent on Transformers with Residual Connections"
+(arXiv 2506.05249).
 """
 
 import argparse
@@ -62,8 +63,11 @@ def build_variant(name: str, **shape) -> ViT:
 
 
 # --------------------------------------------------------------------------------------------------
-# Theory: the APJN of a pre-LN transformer at its default initialisation
+# Theory: the APJN of a pre-norm transformer at initialisation
 # --------------------------------------------------------------------------------------------------
+# u and v are one coordinate of two tokens, Gaussian with E u^2 = E v^2 = q and E u v = p. All that
+# the recursion needs of a map f is four numbers: E f(u)^2, E f(u) f(v), E f'(u)^2, E f'(u) f'(v).
+# The functions below give them for three normalisers and two activations.
 
 
 def gelu_slope(z: Tensor) -> Tensor:
@@ -72,21 +76,66 @@ def gelu_slope(z: Tensor) -> Tensor:
     return 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * density
 
 
-def gaussian_moments(
-    variance: float, c: float, phi: Callable = F.gelu, slope: Callable = gelu_slope
-) -> tuple[float, float, float, float]:
-    """E phi^2, E phi phi, E phi'^2, E phi' phi' for two Gaussians of a variance and correlation c.
+def normal_grid(std: float, scale: float) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of E f(h), h of that standard deviation, f bending over a distance scale.
 
-    By Gauss-Hermite quadrature in two dimensions; phi must be smooth.
+    Trapezoids, equally spaced in h: exponentially accurate, and unlike a fixed number of
+    Gauss-Hermite nodes still so where f is narrow, as tanh is for std >> scale.
     """
-    nodes, weights = np.polynomial.hermite_e.hermegauss(80)
-    weights = weights / weights.sum()
-    x, y = np.meshgrid(nodes, nodes, indexing="ij")
-    u = torch.from_numpy(math.sqrt(variance) * x)
-    v = torch.from_numpy(math.sqrt(variance) * (c * x + math.sqrt(max(1 - c * c, 0)) * y))
-    w = torch.from_numpy(np.outer(weights, weights))
-    products = (phi(u) ** 2, phi(u) * phi(v), slope(u) ** 2, slope(u) * slope(v))
-    return tuple(float((w * product).sum()) for product in products)
+    if std == 0:
+        return torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    step = min(std, scale) / 3
+    reach = math.ceil(8 * std / step)
+    h = step * torch.arange(-reach, reach + 1, dtype=torch.float64)
+    weights = torch.exp(-((h / std) ** 2) / 2)
+    return h, weights / weights.sum()
+
+
+def gaussian_moments(
+    q: float, p: float, f: Callable = F.gelu, slope: Callable = gelu_slope, scale: float = 1.0
+) -> tuple[float, float, float, float]:
+    """The four numbers of a smooth f that bends over a distance scale; by default GELU's.
+
+    u = shared + own and v = +-shared + own', of variances |p| and q - |p|. Given the shared part
+    the two are independent, and E f(u) and E f(v) the same function of it.
+    """
+    shared, w_shared = normal_grid(math.sqrt(abs(p)), scale)
+    own, w_own = normal_grid(math.sqrt(max(q - abs(p), 0)), scale)
+    h = shared[:, None] + own
+    moments = []
+    for values in (f(h), slope(h)):
+        mean = values @ w_own
+        other = mean if p >= 0 else mean.flip(0)
+        moments += [w_shared @ values**2 @ w_own, w_shared @ (mean * other)]
+    return tuple(moment.item() for moment in moments)
+
+
+def relu_moments(q: float, p: float) -> tuple[float, float, float, float]:
+    """ReLU, in closed form (Cho and Saul 2009)."""
+    r = min(max(p / q, -1.0), 1.0)
+    angle = math.pi - math.acos(r)
+    cross = q * (math.sqrt(1 - r * r) + r * angle) / (2 * math.pi)
+    return q / 2, cross, 0.5, angle / (2 * math.pi)
+
+
+def layer_norm(q: float, p: float) -> tuple[float, float, float, float]:
+    """LayerNorm of many coordinates: a division by sqrt(q), its derivative 1 / sqrt(q)."""
+    return 1.0, p / q, 1 / q, 1 / q
+
+
+def derf(q: float, p: float, a: float = 1.0) -> tuple[float, float, float, float]:
+    """erf(a h) in the LayerNorm's place, Derf, in closed form (the last of the four our own)."""
+    Q, P = 2 * a * a * q, 2 * a * a * p
+    ff, cross = (2 / math.pi * math.asin(x / (1 + Q)) for x in (Q, P))
+    slopes = (4 * a * a / math.pi / math.sqrt((1 + Q) ** 2 - x**2) for x in (Q, P))
+    return ff, cross, *slopes
+
+
+def dyt(q: float, p: float, a: float = 1.0) -> tuple[float, float, float, float]:
+    """tanh(a h) in the LayerNorm's place, DyT: no closed form."""
+    return gaussian_moments(
+        q, p, lambda h: torch.tanh(a * h), lambda h: a * (1 - torch.tanh(a * h) ** 2), 1 / a
+    )
 
 
 def apjn_theory(
@@ -98,43 +147,48 @@ def apjn_theory(
     fc1_2: float,
     fc2_2: float,
     skip: float = 1.0,
+    normaliser: Callable = layer_norm,
+    activation: Callable = gaussian_moments,
 ) -> tuple[list[float], list[float]]:
     """J^{L,l} for l = 0 .. L by the pair recursion and by the published scalar form.
 
-    Blocks are skip * x + attention(LN x), then skip * x + MLP(LN x), with attention uniform (as it
-    is at the default init) and a GELU. q is the mean square of a coordinate of the embedded
-    tokens, p the mean product over two tokens; ov2, fc1_2, fc2_2 the gains in variance of
-    W_V W_O, fc1 and fc2 (rows times their entries' variance).
+    Blocks are skip * x + attention(N x), then skip * x + MLP(N x), with attention uniform (as it
+    is at the default init). q is the mean square of a coordinate of the embedded tokens, p the
+    mean product over two tokens; ov2, fc1_2, fc2_2 the gains in variance of W_V W_O, fc1 and fc2
+    (rows times their entries' variance). normaliser and activation give a map's four numbers: of
+    N they are q~, p~, q^, p^, and of the activation phi, taken at (fc1_2 q~, fc1_2 p~), as below.
 
-    Forward:   attention  q, p <- skip^2 (q, p) + ov2 (1 + (n - 1) c) / n,   c = p / q
+    Forward:   attention  q, p <- skip^2 (q, p) + ov2 (q~ + (n - 1) p~) / n
                MLP        q <- skip^2 q + fc2_2 E phi^2,  p <- skip^2 p + fc2_2 E phi phi
-    Backward:  (m_q, m_p) = (1, 0) at the output; LN gives q^ = p^ = 1 / q
-               attention  m_q, m_p <- skip^2 (m_q, m_p) + ov2 q^ (m_q + (n - 1) m_p) / n
-               MLP        m_q <- m_q (skip^2 + fc1_2 fc2_2 q^ E phi'^2), m_p likewise with phi' phi'
+    Backward:  (m_q, m_p) = (1, 0) at the output, mean products of a token's gradients and of two's
+               attention  s = (m_q + (n - 1) m_p) / n
+                          m_q <- skip^2 m_q + ov2 q^ s,  m_p <- skip^2 m_p + ov2 p^ s
+               MLP        m_q <- m_q (skip^2 + fc1_2 fc2_2 q^ E phi'^2),  m_p with p^ E phi' phi'
     The scalar form drops m_p, the covariance of gradients across tokens, and falls short.
     """
     r2 = skip**2
-    trace = []
+    trace = []  # of each sub-block, what the way back needs: is it attention, and both gains
     for _ in range(depth):
-        trace.append((q, None, None))
-        mean = ov2 * (1 + (n - 1) * p / q) / n
+        q1, p1, dq, dp = normaliser(q, p)
+        trace.append((True, ov2 * dq, ov2 * dp))
+        mean = ov2 * (q1 + (n - 1) * p1) / n
         q, p = r2 * q + mean, r2 * p + mean
-        phi2, phiphi, d2, dd = gaussian_moments(fc1_2, p / q)
-        trace.append((q, d2, dd))
+        q1, p1, dq, dp = normaliser(q, p)
+        phi2, phiphi, d2, dd = activation(fc1_2 * q1, fc1_2 * p1)
+        trace.append((False, fc1_2 * fc2_2 * dq * d2, fc1_2 * fc2_2 * dp * dd))
         q, p = r2 * q + fc2_2 * phi2, r2 * p + fc2_2 * phiphi
     m_q, m_p, scalar = 1.0, 0.0, 1.0
     pair_form, scalar_form = [m_q], [scalar]
-    for q, d2, dd in reversed(trace):
-        if d2 is None:
-            shared = ov2 / q * (m_q + (n - 1) * m_p) / n
-            m_q, m_p = r2 * m_q + shared, r2 * m_p + shared
-            scalar *= r2 + ov2 / q / n
+    for is_attention, gain_q, gain_p in reversed(trace):
+        if is_attention:
+            s = (m_q + (n - 1) * m_p) / n
+            m_q, m_p = r2 * m_q + gain_q * s, r2 * m_p + gain_p * s
+            scalar *= r2 + gain_q / n
             pair_form.append(m_q)
             scalar_form.append(scalar)
         else:
-            gain = fc1_2 * fc2_2 / q
-            m_q, m_p = m_q * (r2 + gain * d2), m_p * (r2 + gain * dd)
-            scalar *= r2 + gain * d2
+            m_q, m_p = m_q * (r2 + gain_q), m_p * (r2 + gain_p)
+            scalar *= r2 + gain_q
     return pair_form[::-1], scalar_form[::-1]
 
 
@@ -313,9 +367,10 @@ def mlp_jacobians(mlp: nn.Module, y: Tensor) -> Tensor:
 
 def orthogonalised(x: Tensor, basis: list[Tensor]) -> Tensor:
     """x less its part in the span of orthonormal vectors; one pass leaves rounding, two do not."""
-    for _ in range(2):
-        for vector in basis:
-            x = x - (vector @ x) * vector
+    if basis:
+        Q = torch.stack(basis)
+        for _ in range(2):
+            x = x - (Q @ x) @ Q
     return x
 
 
@@ -371,7 +426,28 @@ def attention_maps(
     return forward, adjoint
 
 
-DENSE_LIMIT = 1200  # n d up to which K is formed whole, in float64: 11 MB and a third of a second
+@torch.no_grad()
+def square_condition_number(J: Tensor) -> float:
+    """kappa of a square matrix, infinite if singular; a quarter of the time of an SVD.
+
+    The largest Ritz values of J and of its inverse, the inverse applied through one LU: largest
+    ones converge fast, in 30 steps to six digits of the SVD's kappa where that is below 1e12.
+    """
+    LU, pivots, _ = torch.linalg.lu_factor_ex(J)
+    diagonal = LU.diagonal().abs()
+    if diagonal.min() <= 1e-30 * diagonal.max():  # singular; far below what rounding leaves
+        return math.inf
+
+    def solve(v: Tensor, transposed: bool = False) -> Tensor:
+        return torch.linalg.lu_solve(LU, pivots, v[:, None], adjoint=transposed)[:, 0]
+
+    start = torch.randn(len(J), dtype=J.dtype, device=J.device)
+    largest = golub_kahan(lambda v: J @ v, lambda u: u @ J, start, 30).max()
+    inverse = golub_kahan(solve, lambda u: solve(u, transposed=True), start, 30).max()
+    return (largest * inverse).item()
+
+
+DENSE_LIMIT = 1200  # n d up to which K is formed whole, in float64: 11 MB and a tenth of a second
 MLP_TOKENS = 8  # tokens whose MLP Jacobian is decomposed when K is not formed whole
 
 
@@ -393,7 +469,7 @@ def conditioning(block: Block, x: Tensor) -> dict[str, float | bool]:
         K = attention_jacobian(block.attention, y)
         identity = torch.eye(len(K), dtype=K.dtype, device=K.device)
         for name, J in (("attention", K), ("attention_plus_I", K + identity)):
-            result[name] = condition_number(torch.linalg.svdvals(J))
+            result[name] = square_condition_number(J)
     else:
         start = torch.randn(y.numel(), device=y.device, dtype=y.dtype)
         for name, skip in (("attention", 0.0), ("attention_plus_I", 1.0)):
@@ -413,7 +489,7 @@ def conditioning(block: Block, x: Tensor) -> dict[str, float | bool]:
 # --------------------------------------------------------------------------------------------------
 
 
-def measure(model: ViT, images: Tensor, labels: Tensor, with_conditioning: bool, bar: tqdm) -> dict:
+def measure(model: ViT, images: Tensor, labels: Tensor, bar: tqdm) -> dict:
     """All measurements of one network: lists over l = 0 .. L (tokens) or over blocks 1 .. L."""
     model.eval()
     tokens = model.forward_features(images, list(range(len(model.blocks) + 1)))
@@ -424,9 +500,8 @@ def measure(model: ViT, images: Tensor, labels: Tensor, with_conditioning: bool,
     per_block = []
     for block, x in zip(model.blocks, tokens):
         row = attention_statistics(block, x)
-        if with_conditioning:
-            kappas = conditioning(block, x[0])
-            row |= {key if key == "exact" else f"kappa_{key}": v for key, v in kappas.items()}
+        kappas = conditioning(block, x[0])
+        row |= {key if key == "exact" else f"kappa_{key}": v for key, v in kappas.items()}
         per_block.append(row)
         bar.update()
     result["blocks"] = {key: [row[key] for row in per_block] for key in per_block[0]}
@@ -434,10 +509,9 @@ def measure(model: ViT, images: Tensor, labels: Tensor, with_conditioning: bool,
 
 
 def medians(runs: list[dict]) -> dict:
-    """The same structure with the median over runs at every number; a key may be in some only."""
+    """The same structure with the median over runs at every number."""
     if isinstance(runs[0], dict):
-        keys = list(dict.fromkeys(key for run in runs for key in run))
-        return {key: medians([run[key] for run in runs if key in run]) for key in keys}
+        return {key: medians([run[key] for run in runs]) for key in runs[0]}
     if isinstance(runs[0], list):
         return [medians(list(values)) for values in zip(*runs)]
     return statistics.median(runs)
@@ -543,10 +617,18 @@ def draw(results: dict[str, dict], per_seed: dict[str, list], path: Path, title:
 
 
 def shown(value: float) -> str:
-    """A number in at most seven characters."""
+    """A number that is not negative, to three digits, in at most seven characters."""
     if not math.isfinite(value):
         return "inf"
-    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.0e}"
+    plain = 1e-3 <= abs(value) < 99950 or value == 0
+    return f"{float(f'{value:.3g}'):g}" if plain else f"{value:.0e}"
+
+
+def shown_kappa(kappa: float, exact: bool) -> str:
+    """With >= before a lower bound; past 1e15, in float64, an exact method gives one too."""
+    largest = 1e15
+    at_least = "" if exact and kappa <= largest else ">="
+    return at_least + shown(min(kappa, largest))
 
 
 def print_table(results: dict[str, dict]) -> None:
@@ -554,20 +636,20 @@ def print_table(results: dict[str, dict]) -> None:
     columns = "block 1-corr eff.rank own k(P) k(K) k(K+I) k(MLP) k(Z) grad.W_Q APJN".split()
     for name, result in results.items():
         blocks, L = result["blocks"], len(result["blocks"]["own_share"])
-        bound = "" if all(blocks["exact"]) else "  (kappa K, K+I and MLP are lower bounds)"
-        print(f"\n{name}{bound}")
+        print(f"\n{name}")
         print(" ".join(f"{c:>8}" for c in columns))
         for b in sorted({1, 2, max(1, L // 3), max(1, 2 * L // 3), L}):
+            exact = blocks["exact"][b - 1]
             cells = [
                 str(b),
                 shown(1 - result["tokens"]["correlation"][b]),
                 shown(result["tokens"]["effective_rank"][b]),
                 shown(blocks["own_share"][b - 1]),
-                shown(blocks["kappa_P"][b - 1]),
-                shown(blocks["kappa_attention"][b - 1]),
-                shown(blocks["kappa_attention_plus_I"][b - 1]),
-                shown(blocks["kappa_mlp"][b - 1]),
-                shown(blocks["kappa_Z"][b - 1]),
+                shown_kappa(blocks["kappa_P"][b - 1], True),
+                shown_kappa(blocks["kappa_attention"][b - 1], exact),
+                shown_kappa(blocks["kappa_attention_plus_I"][b - 1], exact),
+                shown_kappa(blocks["kappa_mlp"][b - 1], exact),
+                shown_kappa(blocks["kappa_Z"][b - 1], True),
                 shown(result["gradients"]["W_Q"][b - 1]),
                 shown(result["apjn"][b]),
             ]
@@ -592,8 +674,8 @@ def conclusion(name: str, result: dict) -> str:
     )
     used, key = ("K + I", "attention_plus_I") if result["residual"] else ("K", "attention")
     kappa = statistics.median(result["blocks"][f"kappa_{key}"])
-    at_least = "" if all(result["blocks"]["exact"]) else ">= "
-    return f"{name}: {tokens}; {gradient}; median kappa of {used} {at_least}{shown(kappa)}."
+    shown_value = shown_kappa(kappa, all(result["blocks"]["exact"]))
+    return f"{name}: {tokens}; {gradient}; median kappa of {used} {shown_value}."
 
 
 # --------------------------------------------------------------------------------------------------
@@ -863,12 +945,11 @@ def main() -> None:
         for seed in seeds:
             torch.manual_seed(seed)
             model = build(seed).to(device)
-            classes = labels % model.config["num_classes"]  # any class does for a gradient
+            # Any class does for a gradient. A self-supervised backbone has no head; its pooled
+            # feature stands in for the logits, a class for each of its numbers.
+            classes = labels % (model.config["num_classes"] or model.config["width"])
             bar.set_description(f"{name}, seed {seed}")
-            # Decomposing the Jacobians takes nearly all the time: the first seed's only.
-            runs.append(
-                measure(model, images, classes, with_conditioning=seed == seeds[0], bar=bar)
-            )
+            runs.append(measure(model, images, classes, bar))
         per_seed[name] = runs
         results[name] = medians(runs)
         results[name]["residual"] = bool(model.config["residual"])
@@ -887,7 +968,7 @@ def main() -> None:
     source = args.data or "Shapes"
     what = "trained networks" if args.checkpoint else f"{args.model} at initialisation"
     title = f"{what}, {n} tokens, {len(images)} images of {source}; "
-    title += f"median of {len(seeds)} seeds, K of the first"
+    title += f"median of {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
     draw(results, per_seed, args.out / "probe.png", title)
     record = dict(arguments={k: str(v) for k, v in vars(args).items()}, seeds=seeds, tokens=n,
                   torch=torch.__version__, medians=results, runs=per_seed)  # fmt: skip
