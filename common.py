@@ -10,6 +10,7 @@ equal an uninterrupted one, and neither does it matter how many loader workers t
 **Bad input ends in one line.** `fail` prints what, where and what to do, and exits with code 2.
 """
 
+import argparse
 import functools
 import json
 import math
@@ -28,13 +29,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-from minskip import ViT
+from minskip import ViT, conditioned_init_
+from soap import SOAP
 
 matplotlib.use("Agg")  # pictures go to files; no window system is needed
 import matplotlib.pyplot as plt
@@ -69,6 +71,150 @@ ORDER, IMAGES, STEP = 1, 2, 3
 def mixed_seeds(count: int, *numbers: int) -> list[int]:
     """32-bit seeds made of non-negative integers; neighbouring inputs give unrelated seeds."""
     return np.random.SeedSequence(numbers).generate_state(count).tolist()
+
+
+# --------------------------------------------------------------------------------------------------
+# Settings of a run
+# --------------------------------------------------------------------------------------------------
+
+
+def flags(p: argparse.ArgumentParser, defaults: dict[str, tuple]) -> Callable:
+    """`add(flag, help, **kind)`, which shows the (demo, folder) default behind every help text.
+
+    A flag that is not given stays None: what it then is depends on the others.
+    """
+
+    def add(flag: str, help: str, **kind) -> None:
+        name = flag[2:].replace("-", "_")
+        if name in defaults:
+            demo, folder = defaults[name]
+            help += f" [{demo}]" if demo == folder else f" [demo {demo}, --data {folder}]"
+        p.add_argument(flag, help=help, default=None, **kind)
+
+    return add
+
+
+def given_flags(given: argparse.Namespace) -> dict:
+    return {name: value for name, value in vars(given).items() if value is not None}
+
+
+def stored_settings(given: argparse.Namespace, stored: dict, free: set[str]) -> argparse.Namespace:
+    """A checkpoint's settings, overridden by the flags that are free to change.
+
+    Ends the program when another flag contradicts the checkpoint.
+    """
+    explicit = given_flags(given)
+    for name, value in explicit.items():
+        if name not in free and value != stored.get(name):
+            flag = "--" + name.replace("_", "-")
+            fail(
+                f"{flag} {value} contradicts the checkpoint, trained with {stored.get(name)}; "
+                f"leave {flag} out"
+            )
+    return argparse.Namespace(**{**vars(given), **stored, **explicit})
+
+
+def check_ranges(
+    args: argparse.Namespace, positive: list[str], not_negative: list[str], shares: list[str]
+) -> None:
+    """End the program at the first setting out of its range; a share lies in [0, 1)."""
+    for names, fits, rule in (
+        (positive, lambda x: x > 0, "be positive"),
+        (not_negative, lambda x: x >= 0, "not be negative"),
+        (shares, lambda x: 0 <= x < 1, "lie in [0, 1)"),
+    ):
+        for name in names:
+            if not fits(getattr(args, name)):
+                flag = "--" + name.replace("_", "-")
+                fail(f"{flag} must {rule}; it is {getattr(args, name)}")
+    if args.seed >= 2**32:
+        fail(f"--seed must be below 2^32, not {args.seed}")
+    if args.warmup_epochs >= args.epochs:
+        fail(f"--warmup-epochs {args.warmup_epochs} must be less than --epochs {args.epochs}")
+
+
+def run_folder(out: str | None, stem: str, seed: int) -> Path:
+    """--out, which must not hold another run; or else a free name under runs/."""
+    if out is not None:
+        if (Path(out) / "last.pt").exists():
+            fail(f"--out {out} holds a run already; --resume it or name another folder")
+        return Path(out)
+    folder, number = Path("runs") / f"{stem}-seed{seed}", 1
+    while folder.exists():
+        number += 1
+        folder = Path("runs") / f"{stem}-run{number}-seed{seed}"
+    return folder
+
+
+def resumed_folder(args: argparse.Namespace, given_out: str | None, stem: str) -> Path:
+    """The folder of the checkpoint that --resume names, unless --out names another one."""
+    here = Path(args.resume).resolve().parent
+    same = given_out is None or Path(given_out).resolve() == here
+    return here if same else run_folder(args.out, stem, args.seed)
+
+
+def make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {out}: cannot make this folder ({error.strerror})")
+
+
+def check_same_run(path: str, checkpoint: dict, images: int, processes: int) -> None:
+    """A run continues exactly only on as many images and processes as it began with."""
+    before = (checkpoint["images"], checkpoint["processes"])
+    if before != (images, processes):
+        fail(
+            f"--resume {path}: that run had {before[0]} training images and {before[1]} "
+            f"processes, this one {images} and {processes}; give it the same"
+        )
+
+
+def break_off(what: str, out: Path, epoch: int, step: int, lr: float) -> NoReturn:
+    """End a run that has gone wrong; what was saved before is good and stays."""
+    kept = f"{out / 'last.pt'} is kept" if (out / "last.pt").exists() else "nothing saved yet"
+    fail(
+        f"{what} at epoch {epoch + 1}, step {step + 1}, lr {lr:.2g}; {kept}. Usual causes: --lr "
+        f"too large, --warmup-epochs too short, --clip-grad off",
+        code=1,
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Optimizers
+# --------------------------------------------------------------------------------------------------
+
+
+def build_optimizers(
+    model: nn.Module, opt: str, lr: float, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """One optimizer, or two for muon. Biases, norms and embeddings are not decayed.
+
+    Groups that are decayed carry `decayed=True`, for schedules of the weight decay.
+    """
+    matrices, plain, hidden = [], [], []
+    for name, p in model.named_parameters():
+        if p.ndim == 1 or name.endswith(("class_token", "position_embedding")):
+            plain.append(p)
+        elif opt == "muon" and "blocks." in name:
+            hidden.append(p)
+        else:
+            matrices.append(p)
+    groups = [
+        dict(params=matrices, weight_decay=weight_decay, decayed=True),
+        dict(params=plain, weight_decay=0.0, decayed=False),
+    ]
+    if opt == "soap":
+        return [SOAP(groups, lr=lr)]
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    if opt == "adamw":
+        return [adamw]
+    # match_rms_adamw: steps as large as AdamW's, so that one learning rate serves both
+    group = dict(params=hidden, decayed=True)
+    muon = torch.optim.Muon(
+        [group], lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return [muon, adamw]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -114,6 +260,21 @@ def uses_bf16(device: torch.device, amp: str) -> bool:
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, amp))
+
+
+def gathered(x: Tensor) -> Tensor:
+    """The processes' tensors, which may differ in length, one after the other along axis 0."""
+    if not dist.is_initialized():
+        return x
+    length = torch.tensor([len(x)], device=x.device)
+    lengths = [torch.zeros_like(length) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, length)
+    lengths = [int(n) for n in lengths]
+    padded = x.new_zeros(max(lengths), *x.shape[1:])
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:n] for part, n in zip(parts, lengths)])
 
 
 class StopSignal:
@@ -510,6 +671,17 @@ def model_of(checkpoint: dict) -> ViT:
     return model
 
 
+def untrained_model_of(checkpoint: dict) -> ViT:
+    """The network of a checkpoint as it was before training: its seed's very weights."""
+    args = checkpoint["args"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args["seed"])
+        model = ViT(**checkpoint["model_config"])
+        if args["init"] == "conditioned":
+            conditioned_init_(model, args["alpha"], args["beta"], args["c"])
+    return model
+
+
 # --------------------------------------------------------------------------------------------------
 # Logs and pictures
 # --------------------------------------------------------------------------------------------------
@@ -534,7 +706,8 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
 def plot_curves(out: Path, panels: dict[str, str]) -> None:
     """`out/curves.png`: every run beside `out` (each folder with a log.jsonl) in one picture.
 
-    panels: log key -> axis label. Runs that differ only by a suffix -seedN share a colour.
+    panels: log key -> axis label; epochs in which a key is null are left out of its panel. Runs
+    that differ only by a suffix -seedN share a colour.
     """
     runs = {}
     for log in sorted(out.resolve().parent.glob("*/log.jsonl")):
@@ -553,13 +726,13 @@ def plot_curves(out: Path, panels: dict[str, str]) -> None:
         for name, rows in runs.items():
             group = re.sub(r"-seed\d+$", "", name)
             number = groups.index(group)
+            points = [(row["epoch"], row[key]) for row in rows if row[key] is not None]
             ax.plot(
-                [row["epoch"] for row in rows],
-                [row[key] for row in rows],
+                *zip(*points),
                 color=COLOURS[number % len(COLOURS)],
                 linestyle=("-", "--", ":")[number // len(COLOURS) % 3],
                 linewidth=1.4,
-                marker="." if len(rows) <= 10 else None,
+                marker="." if len(points) <= 10 else None,
                 label=None if group in drawn else group,
             )
             drawn.add(group)

@@ -16,7 +16,6 @@ import contextlib
 import math
 import os
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -30,7 +29,6 @@ from tqdm import tqdm
 
 import common
 from minskip import PRESETS, ViT, conditioned_init_
-from soap import SOAP
 
 # --------------------------------------------------------------------------------------------------
 # Settings: what each flag is when it is not given
@@ -84,15 +82,7 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    demo, folder = (lambda name: DEFAULTS[name][0]), (lambda name: DEFAULTS[name][1])
-
-    def add(flag: str, help: str, **kind) -> None:
-        name = flag[2:].replace("-", "_")
-        if name in DEFAULTS:
-            a, b = demo(name), folder(name)
-            help += f" [{a}]" if a == b else f" [demo {a}, --data {b}]"
-        p.add_argument(flag, help=help, default=None, **kind)
-
+    add = common.flags(p, DEFAULTS)
     run = dict(action="store_true")
     add("--data", "folder with train/<class>/* and val/<class>/*; left out: images are drawn")
     add("--out", "folder of this run's files [runs/cls-..., named after the settings]")
@@ -191,18 +181,10 @@ def settle(given: argparse.Namespace, stored: dict | None) -> argparse.Namespace
 
     Ends the program when a flag contradicts the checkpoint or another flag.
     """
-    explicit = {name: value for name, value in vars(given).items() if value is not None}
     if stored is not None:
         free = FREE_TO_CHANGE | (FREE_IN_EVAL if given.eval else set())
-        for name, value in explicit.items():
-            if name not in free and value != stored.get(name):
-                flag = "--" + name.replace("_", "-")
-                common.fail(
-                    f"{flag} {value} contradicts the checkpoint, trained with {stored.get(name)}; "
-                    f"leave {flag} out"
-                )
-        return argparse.Namespace(**{**vars(given), **stored, **explicit})
-
+        return common.stored_settings(given, stored, free)
+    explicit = common.given_flags(given)
     folder = "data" in explicit
     settings = {name: values[folder] for name, values in DEFAULTS.items()}
     settings |= explicit
@@ -220,25 +202,14 @@ def settle(given: argparse.Namespace, stored: dict | None) -> argparse.Namespace
         common.fail(f"{' and '.join(useless)} set the conditioned init; add --init conditioned")
     args = argparse.Namespace(**{**vars(given), **settings})
 
-    positive = ["image_size", "patch_size", "depth", "batch_size", "grad_accum", "epochs", "lr"]
-    for name in positive:
-        if not getattr(args, name) > 0:
-            common.fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    for name in ("weight_decay", "warmup_epochs", "mixup", "cutmix", "clip_grad", "position_std",
-                 "workers", "seed"):  # fmt: skip
-        if not getattr(args, name) >= 0:
-            common.fail(f"--{name.replace('_', '-')} must not be negative: {getattr(args, name)}")
-    for name in ("label_smoothing", "ema", "drop_path"):
-        if not 0 <= getattr(args, name) < 1:
-            common.fail(f"--{name.replace('_', '-')} must lie in [0, 1): {getattr(args, name)}")
-    if args.seed >= 2**32:
-        common.fail(f"--seed must be below 2^32, not {args.seed}")
+    common.check_ranges(
+        args,
+        "image_size patch_size depth batch_size grad_accum epochs lr".split(),
+        "weight_decay warmup_epochs mixup cutmix clip_grad position_std workers seed".split(),
+        "label_smoothing ema drop_path".split(),
+    )
     if args.drop_path and skipless:
         common.fail("--drop-path needs skip connections: leave it out with --skipless")
-    if args.warmup_epochs >= args.epochs:
-        common.fail(
-            f"--warmup-epochs {args.warmup_epochs} must be less than --epochs {args.epochs}"
-        )
     return args
 
 
@@ -268,34 +239,8 @@ def evaluate(model: nn.Module, loader, device: torch.device, amp: str) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------
-# Optimizers
+# Schedule
 # --------------------------------------------------------------------------------------------------
-
-
-def build_optimizers(model: ViT, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """One optimizer, or two for muon. Biases, norms and embeddings are not decayed."""
-    matrices, plain = [], []
-    for name, p in model.named_parameters():
-        decayed = p.ndim > 1 and name not in ("class_token", "position_embedding")
-        (matrices if decayed else plain).append(p)
-    groups = [
-        dict(params=matrices, weight_decay=args.weight_decay),
-        dict(params=plain, weight_decay=0.0),
-    ]
-    if args.opt == "soap":
-        return [SOAP(groups, lr=args.lr)]
-    if args.opt == "adamw":
-        return [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)]
-    hidden = [p for p in model.blocks.parameters() if p.ndim == 2]
-    chosen = {id(p) for p in hidden}
-    groups[0]["params"] = [p for p in matrices if id(p) not in chosen]
-    return [
-        # match_rms_adamw: steps as large as AdamW's, so that one learning rate serves both
-        torch.optim.Muon(
-            hidden, lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True),
-    ]
 
 
 def warmup_cosine(optimizer, warmup_steps: int, steps: int) -> SequentialLR:
@@ -310,21 +255,6 @@ def warmup_cosine(optimizer, warmup_steps: int, steps: int) -> SequentialLR:
 # --------------------------------------------------------------------------------------------------
 # The run
 # --------------------------------------------------------------------------------------------------
-
-
-def run_folder(args: argparse.Namespace) -> Path:
-    """--out, which must not hold another run; or else a free name under runs/."""
-    if args.out is not None:
-        if (Path(args.out) / "last.pt").exists():
-            common.fail(f"--out {args.out} holds a run already; --resume it or name another folder")
-        return Path(args.out)
-    kind = f"skipless-{args.init}" if args.skipless else "residual"
-    stem = f"cls-{args.model}-{kind}-{args.opt}"
-    out, number = Path("runs") / f"{stem}-seed{args.seed}", 1
-    while out.exists():
-        number += 1
-        out = Path("runs") / f"{stem}-run{number}-seed{args.seed}"
-    return out
 
 
 def main() -> None:
@@ -393,6 +323,8 @@ def main() -> None:
         except ValueError as error:
             common.fail(str(error))
     model.to(device)
+    stem = f"skipless-{args.init}" if args.skipless else "residual"
+    stem = f"cls-{args.model}-{stem}-{args.opt}"
     kind = f"skipless, {args.init} init" if args.skipless else f"residual, {args.init} init"
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     say(f"model   ViT {args.model}, {args.depth} blocks, {parameters:.2f} M parameters, {kind}")
@@ -412,7 +344,7 @@ def main() -> None:
     # ---- optimizer, schedule, resume -------------------------------------------------------------
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
     measured = ema or model
-    optimizers = build_optimizers(model, args)
+    optimizers = common.build_optimizers(model, args.opt, args.lr, args.weight_decay)
     steps_an_epoch = len(train_batches)
     warmup_steps = round(args.warmup_epochs * steps_an_epoch)
     if warmup_steps >= args.epochs * steps_an_epoch:
@@ -431,12 +363,7 @@ def main() -> None:
     history, first_epoch, first_step, seconds = [], 0, 0, 0.0
     loss_sum = torch.zeros((), device=device)  # of this process, over the epoch's steps
     if checkpoint:
-        before = (checkpoint["images"], checkpoint["processes"])
-        if before != (len(train_set), world):
-            common.fail(
-                f"--resume {args.resume}: that run had {before[0]} training images and {before[1]} "
-                f"processes, this one {len(train_set)} and {world}; give it the same"
-            )
+        common.check_same_run(args.resume, checkpoint, len(train_set), world)
         model.load_state_dict(checkpoint["model"])
         if ema:
             ema.load_state_dict(checkpoint["ema"])
@@ -447,17 +374,12 @@ def main() -> None:
         history, first_epoch = checkpoint["history"], checkpoint["epoch"]
         first_step, seconds = checkpoint["step"], checkpoint["seconds"]
         loss_sum += checkpoint["loss_sum"]
-        here = Path(args.resume).resolve().parent
-        same = given.out is None or Path(given.out).resolve() == here
-        out = here if same else run_folder(args)
+        out = common.resumed_folder(args, given.out, stem)
         say(f"resume  {args.resume} at epoch {first_epoch}, step {first_step}")
     else:
-        out = run_folder(args)
+        out = common.run_folder(args.out, stem, args.seed)
     if main_process:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            common.fail(f"--out {out}: cannot make this folder ({error.strerror})")
+        common.make_folder(out)
     say(
         f"train   {args.epochs} epochs of {steps_an_epoch} steps of {args.batch_size}, {args.opt}, "
         f"lr {args.lr:g}, weight decay {args.weight_decay:g}, on {device} x {world}, "
@@ -495,14 +417,7 @@ def main() -> None:
             )
 
     def break_off(what: str, epoch: int, step: int) -> None:
-        """End a run that has gone wrong; what was saved before is good and stays."""
-        kept = f"{out / 'last.pt'} is kept" if (out / "last.pt").exists() else "nothing saved yet"
-        common.fail(
-            f"{what} at epoch {epoch + 1}, step {step + 1}, lr "
-            f"{optimizers[0].param_groups[0]['lr']:.2g}; {kept}. Usual causes: --lr too large, "
-            f"--warmup-epochs too short, --clip-grad off",
-            code=1,
-        )
+        common.break_off(what, out, epoch, step, optimizers[0].param_groups[0]["lr"])
 
     def leave_if_asked(epoch: int, step: int) -> None:
         """On Ctrl-C or SIGTERM save, unless saved just now, and end with the shell's usual code."""

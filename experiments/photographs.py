@@ -12,18 +12,15 @@ at the end is made from the logs alone. `--table DIR` prints it from kept logs w
 """
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import runs
+
 EPOCHS = 12
-TRAINER = str(Path(__file__).resolve().parent.parent / "train_cls.py")
 SETTINGS = (
-    f"--model nano --image-size 64 --patch-size 16 --epochs {EPOCHS} --warmup-epochs 2 "
+    "--model nano --image-size 64 --patch-size 16 --warmup-epochs 2 "
     "--batch-size 64 --position-std 0.5 --mixup 0 --cutmix 0 --opt soap --workers 0"
 ).split()
 ARMS = {
@@ -37,63 +34,21 @@ SEEDS = [0, 1, 2]
 CLASSES = 10
 
 
-def link(source: Path, files: list[Path], target: Path) -> None:
-    """TARGET/<class>/<file> as links to SOURCE/<class>/<file>."""
-    for file in files:
-        place = target / file.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if not place.exists():
-            place.symlink_to(file.resolve())
-
-
-def make_folders(data: Path, work: Path) -> None:
-    """work/tune: training images less every fifth, against that fifth; work/full: train and val."""
-    if not (data / "train").is_dir() or not (data / "val").is_dir():
-        sys.exit(f"--data {data}: expected train/<class>/* and val/<class>/* in it")
-    classes = sorted(d.name for d in (data / "train").iterdir() if d.is_dir())[:CLASSES]
-    if missing := [name for name in classes if not (data / "val" / name).is_dir()]:
-        sys.exit(f"--data {data}: val/ has no folder for {missing[:3]}")
-    for name in classes:
-        files = sorted((data / "train" / name).iterdir())
-        link(data / "train", [f for i, f in enumerate(files) if i % 5], work / "tune" / "train")
-        link(data / "train", files[::5], work / "tune" / "val")
-        link(data / "train", files, work / "full" / "train")
-        link(data / "val", sorted((data / "val" / name).iterdir()), work / "full" / "val")
-
-
 def last_row(out: Path) -> dict | None:
-    """The last epoch of a finished run, else None."""
-    log = out / "log.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    return rows[-1] if rows and rows[-1]["epoch"] == EPOCHS else None
+    return runs.last_row(out, EPOCHS)
 
 
-def train(job: tuple[Path, str, str, int, Path]) -> None:
-    data, arm, lr, seed, out = job
-    if last_row(out):
-        return
-    command = [sys.executable, TRAINER, "--data", str(data), "--out", str(out), *SETTINGS,
-               *ARMS[arm].split(), "--lr", lr, "--seed", str(seed)]  # fmt: skip
-    if (out / "last.pt").exists():
-        command = [sys.executable, TRAINER, "--resume", str(out / "last.pt")]
-    # One thread a run and as many runs as cores: small matrices use two cores badly.
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stderr.decode()}")
-    print(done.stdout.decode().splitlines()[-1], out, flush=True)
+def best_rate(logs: Path, arm: str) -> str:
+    return max(LEARNING_RATES, key=lambda lr: last_row(logs / f"tune/{arm}-lr{lr}")["top1"])
 
 
-def best_rate(runs: Path, arm: str) -> str:
-    return max(LEARNING_RATES, key=lambda lr: last_row(runs / f"tune/{arm}-lr{lr}")["top1"])
-
-
-def table(runs: Path) -> None:
+def table(logs: Path) -> None:
     rates = " | ".join(f"lr {lr}" for lr in LEARNING_RATES)
     print(f"\n| arm | held-back fifth: {rates} | val top-1, mean | spread | minutes |")
     print("|---|" + "---|" * (len(LEARNING_RATES) + 3))
     for arm in ARMS:
-        tuned = [f"{last_row(runs / f'tune/{arm}-lr{lr}')['top1']:.1f}" for lr in LEARNING_RATES]
-        rows = [last_row(runs / f"full/{arm}-seed{seed}") for seed in SEEDS]
+        tuned = [f"{last_row(logs / f'tune/{arm}-lr{lr}')['top1']:.1f}" for lr in LEARNING_RATES]
+        rows = [last_row(logs / f"full/{arm}-seed{seed}") for seed in SEEDS]
         top1 = [row["top1"] for row in rows]
         minutes = statistics.mean(row["minutes"] for row in rows)
         print(
@@ -115,22 +70,20 @@ def main() -> None:
         return table(args.table)
     if args.data is None:
         p.error("--data is needed (or --table)")
-    make_folders(args.data, args.work)
-    runs = args.work / "runs"
-    with ThreadPoolExecutor(args.jobs) as pool:
-        tuning = [
-            (args.work / "tune", arm, lr, 0, runs / f"tune/{arm}-lr{lr}")
-            for lr in LEARNING_RATES
-            for arm in ARMS
-        ]
-        list(pool.map(train, tuning))
-        final = [
-            (args.work / "full", arm, best_rate(runs, arm), seed, runs / f"full/{arm}-seed{seed}")
-            for seed in SEEDS
-            for arm in ARMS
-        ]
-        list(pool.map(train, final))
-    table(runs)
+    runs.make_folders(args.data, args.work, CLASSES)
+    logs = args.work / "runs"
+
+    def job(part: str, arm: str, lr: str, seed: int, name: str) -> tuple:
+        flags = ["--data", str(args.work / part), *SETTINGS, *ARMS[arm].split(), "--lr", lr]
+        out = logs / part / f"{arm}-{name}"
+        return "train_cls.py", EPOCHS, out, [*flags, "--seed", str(seed)]
+
+    tuning = [job("tune", arm, lr, 0, f"lr{lr}") for lr in LEARNING_RATES for arm in ARMS]
+    runs.train_all(tuning, args.jobs)
+    best = {arm: best_rate(logs, arm) for arm in ARMS}
+    final = [job("full", arm, best[arm], seed, f"seed{seed}") for seed in SEEDS for arm in ARMS]
+    runs.train_all(final, args.jobs)
+    table(logs)
 
 
 if __name__ == "__main__":
