@@ -180,6 +180,27 @@ def break_off(what: str, out: Path, epoch: int, step: int, lr: float) -> NoRetur
     )
 
 
+def initialise_(model: ViT, args: argparse.Namespace) -> None:
+    """The weights that --init asks for, in place; a `ViT` is born with the default ones."""
+    if args.init == "conditioned":
+        conditioned_init_(model, args.alpha, args.beta, args.c)
+    elif args.init == "depth":
+        conditioned_init_(model, c=args.c, scheme="depth")
+
+
+def settle_init(settings: dict, explicit: dict, constants: dict) -> dict:
+    """Settings with what belongs to the chosen --init; others' constants end the program.
+
+    constants: alpha, beta and c of --init conditioned.
+    """
+    used = dict(conditioned=list(constants), depth=["c"], default=[])[settings["init"]]
+    if useless := [f"--{name}" for name in constants if name in explicit and name not in used]:
+        fail(f"{' and '.join(useless)} set the conditioned init; add --init conditioned")
+    if settings["init"] == "depth" and "position_std" not in explicit:
+        settings = settings | dict(position_std=1.0)  # which that scheme counts on
+    return {name: constants[name] for name in used} | settings
+
+
 # --------------------------------------------------------------------------------------------------
 # Optimizers
 # --------------------------------------------------------------------------------------------------
@@ -673,12 +694,10 @@ def model_of(checkpoint: dict) -> ViT:
 
 def untrained_model_of(checkpoint: dict) -> ViT:
     """The network of a checkpoint as it was before training: its seed's very weights."""
-    args = checkpoint["args"]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(args["seed"])
+        torch.manual_seed(checkpoint["args"]["seed"])
         model = ViT(**checkpoint["model_config"])
-        if args["init"] == "conditioned":
-            conditioned_init_(model, args["alpha"], args["beta"], args["c"])
+        initialise_(model, argparse.Namespace(**checkpoint["args"]))
     return model
 
 

@@ -17,6 +17,7 @@ singular values from "Convergence of Gradient Descent on Transformers with Resid
 
 import argparse
 import copy
+import functools
 import json
 import math
 import statistics
@@ -41,11 +42,16 @@ from minskip import PRESETS, Attention, Block, ViT, conditioned_init_
 # --------------------------------------------------------------------------------------------------
 
 BODIES = {"residual": True, "skipless": False}
-INITS = {"conditioned": conditioned_init_}
+INITS = {
+    "conditioned": conditioned_init_,
+    "depth": functools.partial(conditioned_init_, scheme="depth"),
+}
 
 
-def build_variant(name: str, **shape) -> ViT:
+def build_variant(name: str, position_std: float | None = None, **shape) -> ViT:
     """A fresh network for a name like "residual", "skipless" or "skipless+conditioned".
+
+    position_std: None takes what the init counts on.
 
     Ends the program, listing what is possible, when a word is unknown.
     """
@@ -53,8 +59,10 @@ def build_variant(name: str, **shape) -> ViT:
     if body not in BODIES or len(inits) > 1 or not set(inits) <= set(INITS):
         possible = [f"{b}{i}" for b in BODIES for i in ("", *(f"+{init}" for init in INITS))]
         common.fail(f"--variants {name!r} is unknown; possible: {', '.join(possible)}")
+    if position_std is None:
+        position_std = 1.0 if "depth" in inits else 0.02
     try:
-        model = ViT(**shape, residual=BODIES[body])
+        model = ViT(**shape, residual=BODIES[body], position_std=position_std)
     except ValueError as error:
         common.fail(str(error))
     for init in inits:
@@ -853,14 +861,14 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         default=["residual", "skipless", "skipless+conditioned"],
         metavar="NAME",
-        help="networks to compare: residual or skipless, +conditioned for the init",
+        help="networks to compare: residual or skipless, +conditioned or +depth for the init",
     )
     add("--depths", nargs="+", type=int, default=[12], metavar="L", help="depths to compare [12]")
     add("--model", choices=list(PRESETS), default="nano", help="width and heads [nano]")
     add("--image-size", type=int, default=32, help="side of the images, pixels [32]")
     add("--patch-size", type=int, default=8, help="side of a patch, pixels [8]")
-    add("--position-std", type=float, default=0.02, help="std of the position embedding; larger "
-        "keeps tokens apart longer [0.02]")  # fmt: skip
+    add("--position-std", type=float, help="std of the position embedding; larger keeps tokens "
+        "apart longer [0.02, and 1 for +depth, which counts on it]")  # fmt: skip
     add("--data", help="folder with val/<class>/*: real images; left out: drawn ones")
     add("--images", type=int, default=4, help="images measured; numbers are means over them [4]")
     add("--checkpoint", nargs="+", metavar="CKPT", help="trained networks instead of --variants")

@@ -355,6 +355,53 @@ def orthogonal_mlp_weight(
     return scale * haar_orthogonal(in_features, out_features, generator=generator)
 
 
+# --------------------------------------------------------------------------------------------------
+# A second scheme, ours: constants that hold at every depth
+#
+# With the paper's constants an image's tokens are all alike after some eight blocks, for two
+# reasons. A GELU has a mean, the same for every token, which each MLP adds to all of them; and an
+# attention that leaves a token the share delta of itself shrinks the difference of two alike
+# tokens by delta. Both have a remedy at initialisation:
+#
+#   mean        m = E phi of a Gaussian pre-activation is known: fc2's bias -m W_2^T 1 removes it.
+#   shrinking   what is then left of the MLP *spreads* alike tokens: it multiplies their squared
+#               difference by chi(g) = g^2 E phi'^2 / Var phi, phi = GELU(g z), from 1 at g = 0 (a
+#               linear map) to 1.32 at g = 1. So fc1's gain g can balance attention's delta^2:
+#                                   chi(g) delta^2 = 1
+#   delta       = 1 - 1/L: over all L blocks a token is averaged with others about once; and its
+#               gradient grows by chi^L = e^2 at most. Both are the same at every depth.
+#   W_Q = W_K   = sqrt(s) R, R Haar orthogonal: with tokens of square norm d behind a LayerNorm
+#               and of correlation rho the logits are about s sqrt(d_h) on the diagonal, rho times
+#               that off it, so  s sqrt(d_h) (1 - rho) = log((n - 1) delta / (1 - delta)).
+#   rho         = 1/2: that of two equal patches where the position embedding is as large as the
+#               patch embedding. So it wants position_std = 1.
+# --------------------------------------------------------------------------------------------------
+
+
+def centred_gelu(gain: float) -> tuple[float, float]:
+    """m = E phi and chi = gain^2 E phi'^2 / Var phi, for phi = GELU(gain z) and z ~ N(0, 1)."""
+    z = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    weight = torch.exp(-(z**2) / 2)
+    weight /= weight.sum()
+    below = 0.5 * (1 + torch.erf(gain * z / math.sqrt(2)))
+    density = torch.exp(-((gain * z) ** 2) / 2) / math.sqrt(2 * math.pi)
+    phi, slope = gain * z * below, below + gain * z * density
+    mean = (weight * phi).sum()
+    variance = (weight * phi**2).sum() - mean**2
+    return mean.item(), (gain**2 * (weight * slope**2).sum() / variance).item()
+
+
+def depth_constants(width: int, heads: int, tokens: int, depth: int) -> tuple[float, float]:
+    """s, the scale of W_Q and W_K, and g, fc1's gain, for `depth` blocks: the equations above."""
+    delta = 1 - 1 / max(depth, 2)
+    s = math.log((max(tokens, 2) - 1) * delta / (1 - delta)) / (math.sqrt(width / heads) * 0.5)
+    low, high = 1e-3, 1.0  # chi grows with the gain; where even g = 1 is too little it is kept
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if centred_gelu(middle)[1] * delta**2 > 1 else (middle, high)
+    return s, high
+
+
 @torch.no_grad()
 def conditioned_init_(
     model: nn.Module,
@@ -362,16 +409,22 @@ def conditioned_init_(
     beta: float = 0.6,
     c: float = 3.0,
     generator: torch.Generator | None = None,
+    scheme: str = "paper",
 ) -> nn.Module:
     """Re-initialise every block of a `ViT` so that it trains without skip connections. In place.
 
-    Cutting the Skip, section 4. The source's constants (alpha, beta, c): (2, 0.6, 3) for ViT-B
-    trained with labels, (1.8, 1, 3) for ViT-S trained by DINO. Embeddings, norms and head keep
-    their init; biases in the blocks become zero.
+    scheme="paper": Cutting the Skip, section 4. The source's constants (alpha, beta, c):
+    (2, 0.6, 3) for ViT-B trained with labels, (1.8, 1, 3) for ViT-S trained by DINO. Embeddings,
+    norms and head keep their init; biases in the blocks become zero.
+
+    scheme="depth": W_V, W_O and the MLP's directions as in the paper; the attention's scale, the
+    MLP's gain and fc2's bias from `depth_constants`, so that tokens stay apart however many
+    blocks there are. Ours, not the paper's; for models with position_std = 1. alpha and beta are
+    not used.
 
     Args:
         model: a `ViT`, or any module with `.blocks` whose members have `attention.W_Q ... W_O`,
-            `attention.heads`, `mlp.fc1` and `mlp.fc2`.
+            `attention.heads`, `mlp.fc1` and `mlp.fc2` (for "depth" also `.position_embedding`).
         alpha: weight of the random part of W_Q W_K^T.
         beta: weight of the identity in W_Q W_K^T; more of it, more attention of a token to itself.
         c: scale of W_V and W_O. LayerNorm cancels it in the forward pass; it scales gradients.
@@ -381,7 +434,7 @@ def conditioned_init_(
     Returns the model.
 
     Raises:
-        ValueError: negative or non-finite constants, c = 0, or alpha = beta = 0.
+        ValueError: negative or non-finite constants, c = 0, alpha = beta = 0, or another scheme.
         TypeError: a model whose blocks do not look like ours.
     """
     for name, value in (("alpha", alpha), ("beta", beta), ("c", c)):
@@ -389,6 +442,8 @@ def conditioned_init_(
             raise ValueError(f"{name} must be a finite number >= 0, not {value}")
     if c == 0 or alpha == beta == 0:
         raise ValueError("c and at least one of alpha and beta must be positive")
+    if scheme not in ("paper", "depth"):
+        raise ValueError(f'scheme must be "paper" or "depth", not {scheme!r}')
     for block in getattr(model, "blocks", [None]):
         if not hasattr(getattr(block, "attention", None), "W_Q") or not hasattr(block, "mlp"):
             raise TypeError(
@@ -396,17 +451,28 @@ def conditioned_init_(
                 "value_output_projections, query_key_projections and orthogonal_mlp_weight"
             )
         attention, fc1, fc2 = block.attention, block.mlp.fc1, block.mlp.fc2
-        width = attention.W_Q.in_features
-        W_Q, W_K = query_key_projections(width, attention.heads, alpha, beta, generator=generator)
+        width, heads = attention.W_Q.in_features, attention.heads
+        gain = 1.0
+        if scheme == "paper":
+            W_Q, W_K = query_key_projections(width, heads, alpha, beta, generator=generator)
+        else:
+            tokens = model.position_embedding.shape[1]
+            s, gain = depth_constants(width, heads, tokens, len(model.blocks))
+            W_Q = W_K = math.sqrt(s) * haar_orthogonal(width, width, generator=generator)
         W_V, W_O = value_output_projections(width, c, generator=generator)
+        W_1 = gain * orthogonal_mlp_weight(width, fc1.out_features, generator=generator)
+        W_2 = orthogonal_mlp_weight(fc2.in_features, width, generator=generator)
         for linear, W in (
             (attention.W_Q, W_Q),
             (attention.W_K, W_K),
             (attention.W_V, W_V),
             (attention.W_O, W_O),
-            (fc1, orthogonal_mlp_weight(fc1.in_features, fc1.out_features, generator=generator)),
-            (fc2, orthogonal_mlp_weight(fc2.in_features, fc2.out_features, generator=generator)),
+            (fc1, W_1),
+            (fc2, W_2),
         ):
             linear.weight.copy_(W.T)
             linear.bias.zero_()
+        if scheme == "depth":
+            mean, _ = centred_gelu(gain)
+            fc2.bias.copy_(-mean * W_2.sum(dim=0))
     return model

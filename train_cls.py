@@ -28,7 +28,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import common
-from minskip import PRESETS, ViT, conditioned_init_
+from minskip import PRESETS, ViT
 
 # --------------------------------------------------------------------------------------------------
 # Settings: what each flag is when it is not given
@@ -90,9 +90,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--skipless", "train without skip connections", **run)
     add(
         "--init",
-        "weights a skipless network starts from; default: the usual std 0.02, which "
-        "lets it learn little or nothing [conditioned with --skipless, default without]",
-        choices=["conditioned", "default"],
+        "weights a skipless network starts from; conditioned: the paper's; depth: ours, keeps "
+        "tokens apart at any depth; default: the usual std 0.02, which lets it learn little or "
+        "nothing [conditioned with --skipless, default without]",
+        choices=["conditioned", "depth", "default"],
     )
     add(
         "--alpha",
@@ -114,7 +115,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add(
         "--position-std",
-        "standard deviation of the position embedding at the start, 0.02 .. 1",
+        "standard deviation of the position embedding at the start, 0.02 .. 1 [1 with init depth]",
         type=float,
     )
     add(
@@ -195,11 +196,7 @@ def settle(given: argparse.Namespace, stored: dict | None) -> argparse.Namespace
     settings.setdefault("lr", LEARNING_RATE[settings["opt"]][folder][skipless])
     settings.setdefault("depth", PRESETS[settings["model"]]["depth"])
     settings.setdefault("workers", min(8, os.cpu_count() or 1) if folder else 0)
-    constants = CONDITIONED_INIT[folder]
-    if settings["init"] == "conditioned":
-        settings = {**constants, **settings}
-    elif useless := [f"--{name}" for name in constants if name in explicit]:
-        common.fail(f"{' and '.join(useless)} set the conditioned init; add --init conditioned")
+    settings = common.settle_init(settings, explicit, CONDITIONED_INIT[folder])
     args = argparse.Namespace(**{**vars(given), **settings})
 
     common.check_ranges(
@@ -318,8 +315,7 @@ def main() -> None:
                 position_std=args.position_std,
                 drop_path=args.drop_path,
             )
-            if args.init == "conditioned":
-                conditioned_init_(model, args.alpha, args.beta, args.c)
+            common.initialise_(model, args)
         except ValueError as error:
             common.fail(str(error))
     model.to(device)

@@ -4,7 +4,7 @@
 
 TINY is Tiny-ImageNet as an image folder (train/<wnid>/*, val/<wnid>/*), of which the first ten
 classes in sorted order are used; CAMVID holds {train,val,test}/{images,masks}, ids 0 .. 10, 11
-ignored. Both arms are tuned over the same learning rates by k-NN on a held-back fifth of the
+ignored. All arms are tuned over the same learning rates by k-NN on a held-back fifth of the
 training images, then pretrained on all of them with several seeds, measured by k-NN on val after
 the last epoch, and by `eval_dense.py segment` on CAMVID's test images.
 
@@ -31,6 +31,7 @@ SETTINGS = (
 ARMS = {
     "residual": "--drop-path 0",
     "skipless-conditioned": "--skipless --alpha 1.8 --beta 1.0 --c 3.0",
+    "skipless-depth": "--skipless --init depth --position-std 1.0",
 }
 LEARNING_RATES = ["3e-4", "1e-3", "3e-3"]
 SEEDS = [0, 1, 2]
