@@ -7,14 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from common import draw_shapes
+from common import draw_shapes, normalise
+from jacobian_probe import attention_statistics, gradient_norms, token_statistics
 from minskip import (
     MLP,
     PRESETS,
     Attention,
     Block,
     ViT,
+    centred_gelu,
     conditioned_init_,
+    depth_constants,
     haar_orthogonal,
     orthogonal_mlp_weight,
     query_key_projections,
@@ -260,6 +263,79 @@ def test_default_init_loses_the_tokens_at_once_and_the_conditioned_one_later():
 
 
 # ---- the model -----------------------------------------------------------------------------------
+
+
+# ---- the scheme that holds at every depth --------------------------------------------------------
+
+
+def test_the_mean_and_the_spread_of_a_gelu():
+    """E phi^2 = .425221, E phi'^2 = .455851 at g = 1; E phi = g^2 / sqrt(2 pi (1 + g^2))."""
+    for gain in (0.2, 0.5, 1.0):
+        mean, _ = centred_gelu(gain)
+        assert mean == pytest.approx(gain**2 / math.sqrt(2 * math.pi * (1 + gain**2)), rel=1e-6)
+    mean, chi = centred_gelu(1.0)
+    assert chi == pytest.approx(0.455851 / (0.425221 - mean**2), rel=1e-5)
+    assert centred_gelu(1e-3)[1] == pytest.approx(1, abs=1e-5)  # as good as linear
+
+
+def test_a_centred_mlp_spreads_alike_tokens_as_much_as_attention_shrinks_them():
+    """chi delta^2 = 1, measured: squared differences of two alike tokens through one MLP."""
+    depth, width = 12, 512
+    _, gain = depth_constants(width, 8, 197, depth)
+    delta, (mean, chi) = 1 - 1 / depth, centred_gelu(gain)
+    assert chi * delta**2 == pytest.approx(1, abs=1e-6)
+    mlp = MLP(width, 4 * width)
+    with torch.no_grad():
+        W_1 = gain * orthogonal_mlp_weight(width, 4 * width, generator=seeded(0))
+        W_2 = orthogonal_mlp_weight(4 * width, width, generator=seeded(1))
+        mlp.fc1.weight.copy_(W_1.T), mlp.fc2.weight.copy_(W_2.T)
+        mlp.fc1.bias.zero_(), mlp.fc2.bias.copy_(-mean * W_2.sum(0))
+        x, step = torch.randn(2, 64, width, generator=seeded(2))
+        x, y = nn.functional.layer_norm(torch.stack([x, x + 0.01 * step]), (width,))
+        before = (x - y).square().sum() / x.square().sum()
+        x, y = mlp(x), mlp(y)
+        after = (x - y).square().sum() / x.square().sum()
+    assert (after / before).item() == pytest.approx(chi, rel=0.02)
+    assert token_statistics(x[None])["correlation"] == pytest.approx(0, abs=0.02)  # no mean left
+
+
+def depth_network(depth: int, width: int, heads: int, side: int, pool: str, scheme: str) -> ViT:
+    torch.manual_seed(0)
+    model = ViT(8 * side, 8, 10, width=width, depth=depth, heads=heads, residual=False,
+                position_std=1.0, pool=pool)  # fmt: skip
+    return conditioned_init_(model, scheme=scheme)
+
+
+@pytest.mark.parametrize(
+    "depth, width, heads, side, pool",
+    [(6, 96, 3, 4, "cls"), (12, 64, 2, 4, "cls"), (12, 192, 3, 14, "mean"), (24, 192, 3, 4, "mean"),
+     (96, 96, 3, 4, "cls"), (96, 96, 3, 6, "mean")],
+)  # fmt: skip
+def test_the_depth_scheme_keeps_tokens_apart_at_any_depth(depth, width, heads, side, pool):
+    """Correlation at most .6 after the last block, where the paper's constants reach 1."""
+    images, labels, _ = draw_shapes([0, 1], 8 * side, "val")
+    images = normalise(images)
+    model = depth_network(depth, width, heads, side, pool, "depth")
+    tokens = model.forward_features(images, list(range(depth + 1)))
+    assert token_statistics(tokens[-1])["correlation"] < 0.6
+    shares = [attention_statistics(b, x)["own_share"] for b, x in zip(model.blocks, tokens)]
+    assert max(shares) < 0.999
+    if depth <= 24:
+        assert min(shares) > 0.15  # three times uniform attention and more
+    norms = gradient_norms(model, tokens, labels)
+    spread = {name: max(v) / min(v) for name, v in norms.items() if name != "tokens"}
+    limit = 30 if depth <= 24 else 100
+    assert all(spread[name] < limit for name in ("W_V", "W_O", "fc1", "fc2"))
+    if depth <= 12:
+        assert spread["W_Q"] < 60 and spread["W_K"] < 60
+        paper = depth_network(depth, width, heads, side, pool, "paper")
+        end = token_statistics(paper.forward_features(images, [depth])[0])
+        assert end["correlation"] > (0.9 if depth == 6 else 0.999)
+
+
+def test_init_refuses_a_scheme_it_does_not_know():
+    with pytest.raises(ValueError, match='must be "paper" or "depth"'):
+        conditioned_init_(ViT(**TINY), scheme="deep")
 
 
 @pytest.mark.parametrize("preset, name", [("tiny", "vit_tiny"), ("small", "vit_small")])
