@@ -48,6 +48,9 @@ INITS = {
 }
 
 
+BEFORE = ", before"  # ends the name of a checkpoint's network as it was before training
+
+
 def build_variant(name: str, position_std: float | None = None, **shape) -> ViT:
     """A fresh network for a name like "residual", "skipless" or "skipless+conditioned".
 
@@ -584,20 +587,34 @@ def series(result: dict) -> dict[str, list[tuple[list[float], str]]]:
 
 
 def draw(results: dict[str, dict], per_seed: dict[str, list], path: Path, title: str) -> None:
-    """One panel per quantity against the block number, one colour per network."""
+    """One panel per quantity against the block number, one colour per network, pale before."""
     names = list(EXPLANATIONS)
+    trained = list(dict.fromkeys(network.removesuffix(BEFORE) for network in results))
+    looks = {}
+    for network in results:
+        number = trained.index(network.removesuffix(BEFORE))
+        pale = network.endswith(BEFORE)
+        looks[network] = dict(
+            color=common.COLOURS[number % len(common.COLOURS)],
+            alpha=0.4 if pale else 1.0,
+            lw=2.4 if pale else 1.6,
+        )
     figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
     for ax, name in zip(axes.flat, names):
-        for number, (network, result) in enumerate(results.items()):
-            colour = common.COLOURS[number % len(common.COLOURS)]
+        for network, result in results.items():
+            look = looks[network]
             for values, style in series(result)[name]:
                 first = 0 if len(values) > len(result["blocks"]["own_share"]) else 1
                 clipped = [min(max(v, 1e-17), 1e17) for v in values]
-                ax.plot(range(first, first + len(values)), clipped, style, color=colour, lw=1.6)
+                ax.plot(range(first, first + len(values)), clipped, style, **look)
             if name == "APJN":
                 values = np.array([run["apjn"] for run in per_seed[network]])
                 ax.fill_between(
-                    range(values.shape[1]), values.min(0), values.max(0), color=colour, alpha=0.2
+                    range(values.shape[1]),
+                    values.min(0),
+                    values.max(0),
+                    color=look["color"],
+                    alpha=0.2,
                 )
             if name == "1 - token correlation":  # each line named where it ends
                 ax.annotate(
@@ -607,7 +624,7 @@ def draw(results: dict[str, dict], per_seed: dict[str, list], path: Path, title:
                     textcoords="offset points",
                     ha="right",
                     fontsize=8,
-                    color=colour,
+                    color=look["color"],
                 )
         ax.set_title(name, fontsize=10)
         ax.set_yscale("linear" if name == "own-token share" else "log")
@@ -615,10 +632,7 @@ def draw(results: dict[str, dict], per_seed: dict[str, list], path: Path, title:
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
-    handles = [
-        plt.Line2D([], [], color=common.COLOURS[i % len(common.COLOURS)], label=name)
-        for i, name in enumerate(results)
-    ]
+    handles = [plt.Line2D([], [], **look, label=network) for network, look in looks.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=10)
     common.save_figure(figure, path)
@@ -872,6 +886,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--data", help="folder with val/<class>/*: real images; left out: drawn ones")
     add("--images", type=int, default=4, help="images measured; numbers are means over them [4]")
     add("--checkpoint", nargs="+", metavar="CKPT", help="trained networks instead of --variants")
+    add("--before", action="store_true", help="each checkpoint also as it was before training")
     add("--seeds", type=int, default=5, help="fresh weights per variant; medians are shown [5]")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--out", type=Path, default=Path("runs/probe"), help="folder of probe.json, probe.png")
@@ -901,6 +916,8 @@ def main() -> None:
         for name, text in EXPLANATIONS.items():
             print(f"{name}{textwrap.dedent(text)}\n")
         return
+    if args.before and not args.checkpoint:
+        common.fail("--before is about trained networks: add --checkpoint")
     for name in ("images", "seeds", "image_size", "patch_size", "depths"):
         values = getattr(args, name)
         if min(values if isinstance(values, list) else [values]) < 1:
@@ -921,10 +938,15 @@ def main() -> None:
     if args.checkpoint:
         sizes = set()
         for path in args.checkpoint:
-            model = common.model_of(common.load_checkpoint(path))
+            checkpoint = common.load_checkpoint(path)
+            model = common.model_of(checkpoint)
             sizes.add(model.config["image_size"])
             name = Path(path).parent.name
-            networks[path if name in ("", *networks) else name] = lambda seed, m=model: m
+            name = path if name in ("", *networks) else name
+            networks[name] = lambda seed, m=model: m
+            if args.before:
+                untrained = common.untrained_model_of(checkpoint)
+                networks[f"{name}{BEFORE}"] = lambda seed, m=untrained: m
         if len(sizes) > 1:
             common.fail(f"--checkpoint: trained at different image sizes {sorted(sizes)}")
         size, seeds = sizes.pop(), [0]
