@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
@@ -52,12 +53,12 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(memory_advice: str) -> Iterator[None]:
     """Turns what can still go wrong in mid-run, and is the user's to mend, into one line."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        fail(f"out of memory ({str(error).split('.')[0]}); raise --grad-accum")
+        fail(f"out of memory ({str(error).split('.')[0]}); {memory_advice}")
     except UnreadableImage as error:  # a loader's process puts its traceback before the message
         fail(str(error).strip().splitlines()[-1].split("UnreadableImage: ")[-1])
     except KeyboardInterrupt:  # before training has begun; from then on StopSignal sees to it
@@ -143,7 +144,10 @@ def run_folder(out: str | None, stem: str, seed: int) -> Path:
     while folder.exists():
         number += 1
         folder = Path("runs") / f"{stem}-run{number}-seed{seed}"
-    return folder
+    chosen = [folder]
+    if dist.is_initialized():  # one process may have made it before another looked
+        dist.broadcast_object_list(chosen)
+    return chosen[0]
 
 
 def resumed_folder(args: argparse.Namespace, given_out: str | None, stem: str) -> Path:
@@ -175,7 +179,7 @@ def break_off(what: str, out: Path, epoch: int, step: int, lr: float) -> NoRetur
     kept = f"{out / 'last.pt'} is kept" if (out / "last.pt").exists() else "nothing saved yet"
     fail(
         f"{what} at epoch {epoch + 1}, step {step + 1}, lr {lr:.2g}; {kept}. Usual causes: --lr "
-        f"too large, --warmup-epochs too short, --clip-grad off",
+        f"too large, --warmup-epochs too short, gradients not clipped",
         code=1,
     )
 
@@ -266,7 +270,9 @@ def start_processes(device_name: str) -> tuple[torch.device, int, int]:
         torch.cuda.set_device(device)
     if not launched:
         return device, 0, 1
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # The others wait while the first process looks through the images: minutes, of a large set.
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))
     return device, dist.get_rank(), dist.get_world_size()
 
 
@@ -298,6 +304,14 @@ def gathered(x: Tensor) -> Tensor:
     return torch.cat([part[:n] for part, n in zip(parts, lengths)])
 
 
+def mean_over_processes(x: Tensor) -> Tensor:
+    if not dist.is_initialized():
+        return x
+    x = x.clone()
+    dist.all_reduce(x)
+    return x / dist.get_world_size()
+
+
 class StopSignal:
     """Ctrl-C and SIGTERM as a flag that a training loop reads between two steps.
 
@@ -322,6 +336,23 @@ class StopSignal:
         number = torch.tensor(self.number, device=device)
         dist.all_reduce(number, dist.ReduceOp.MAX)
         return int(number)
+
+
+def leave_if_asked(
+    stop: StopSignal, device: torch.device, save: Callable, out: Path, epoch: int, step: int
+) -> None:
+    """On Ctrl-C or SIGTERM save, unless saved just now, and end with the shell's usual code."""
+    number = stop.requested(device)
+    if not number:
+        return
+    if step:
+        save(epoch, step)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        last = out / "last.pt"
+        print(f"stopped at epoch {epoch + 1}, step {step}; continue with --resume {last}")
+    if dist.is_initialized():
+        dist.barrier()  # torchrun ends all when the first leaves: save before that
+    raise SystemExit(128 + number)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -440,6 +471,9 @@ class UnreadableImage(RuntimeError):
     """Its message is the one line to show."""
 
 
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # Pillow's
+
+
 def open_rgb(path: str) -> Image.Image:
     """Read an image file as RGB (greyscale and palette images are converted).
 
@@ -448,7 +482,7 @@ def open_rgb(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DECODING_ERRORS as error:
         raise UnreadableImage(f"cannot read image {path} ({error}); repair or remove it") from error
 
 
@@ -467,7 +501,7 @@ def check_images(paths: list[str], decode_up_to: int = 20_000) -> None:
                 Image.open(path).close()
         except UnreadableImage as error:
             return str(error)
-        except OSError as error:
+        except DECODING_ERRORS as error:
             return f"cannot read image {path} ({error}); repair or remove it"
 
     with ThreadPoolExecutor(8) as pool:
@@ -577,7 +611,7 @@ class Seeded(Dataset):
         if hasattr(self.dataset, "__getitems__"):
             samples = self.dataset.__getitems__(indices)
         else:
-            samples = [self.dataset[index] for index in indices]
+            samples = (self.dataset[index] for index in indices)  # one decoded at a time
         out = []
         for (_, seed), (image, label) in zip(keys, samples):
             torch.manual_seed(seed)
@@ -635,7 +669,7 @@ def make_loader(
         batch_sampler=batches,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0,
+        persistent_workers=workers > 0 and batches.shuffle,  # those for validation would idle
         worker_init_fn=_start_worker,
     )
 

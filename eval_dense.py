@@ -753,5 +753,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with common.one_line_errors():
+    with common.one_line_errors("make --image-size smaller"):
         main()

@@ -873,27 +873,40 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--variants",
         nargs="+",
-        default=["residual", "skipless", "skipless+conditioned"],
         metavar="NAME",
-        help="networks to compare: residual or skipless, +conditioned or +depth for the init",
+        help="networks to compare: residual or skipless, +conditioned or +depth for the init "
+        "[residual skipless skipless+conditioned]",
     )
-    add("--depths", nargs="+", type=int, default=[12], metavar="L", help="depths to compare [12]")
-    add("--model", choices=list(PRESETS), default="nano", help="width and heads [nano]")
-    add("--image-size", type=int, default=32, help="side of the images, pixels [32]")
-    add("--patch-size", type=int, default=8, help="side of a patch, pixels [8]")
+    add("--depths", nargs="+", type=int, metavar="L", help="depths to compare [12]")
+    add("--model", choices=list(PRESETS), help="width and heads [nano]")
+    add("--image-size", type=int, help="side of the images, pixels [32]")
+    add("--patch-size", type=int, help="side of a patch, pixels [8]")
     add("--position-std", type=float, help="std of the position embedding; larger keeps tokens "
         "apart longer [0.02, and 1 for +depth, which counts on it]")  # fmt: skip
     add("--data", help="folder with val/<class>/*: real images; left out: drawn ones")
     add("--images", type=int, default=4, help="images measured; numbers are means over them [4]")
     add("--checkpoint", nargs="+", metavar="CKPT", help="trained networks instead of --variants")
     add("--before", action="store_true", help="each checkpoint also as it was before training")
-    add("--seeds", type=int, default=5, help="fresh weights per variant; medians are shown [5]")
+    add("--seeds", type=int, help="fresh weights per variant; medians are shown [5]")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--out", type=Path, default=Path("runs/probe"), help="folder of probe.json, probe.png")
     add("--explain", action="store_true", help="print what each panel means")
     add("--demo", choices=["gradient-flow", "convergence"], help="a demonstration instead: what a "
         "skip does to gradients, or to the speed of gradient descent")  # fmt: skip
+    p.error = common.fail  # one line, like every other mistake
     return p.parse_args()
+
+
+# Settings of fresh networks; a checkpoint brings its own.
+FRESH = dict(
+    variants=["residual", "skipless", "skipless+conditioned"],
+    depths=[12],
+    model="nano",
+    image_size=32,
+    patch_size=8,
+    position_std=None,
+    seeds=5,
+)
 
 
 def load_images(args: argparse.Namespace, size: int, device) -> tuple[Tensor, Tensor]:
@@ -916,6 +929,11 @@ def main() -> None:
         for name, text in EXPLANATIONS.items():
             print(f"{name}{textwrap.dedent(text)}\n")
         return
+    flags = vars(args)
+    if args.checkpoint and (useless := [name for name in FRESH if flags[name] is not None]):
+        flag = "--" + useless[0].replace("_", "-")
+        common.fail(f"{flag} is about fresh networks; leave it out with --checkpoint")
+    flags |= {name: value for name, value in FRESH.items() if flags[name] is None}
     if args.before and not args.checkpoint:
         common.fail("--before is about trained networks: add --checkpoint")
     for name in ("images", "seeds", "image_size", "patch_size", "depths"):
@@ -923,7 +941,7 @@ def main() -> None:
         if min(values if isinstance(values, list) else [values]) < 1:
             common.fail(f"--{name.replace('_', '-')} must be at least 1, not {values}")
     device, _, _ = common.start_processes(args.device)
-    args.out.mkdir(parents=True, exist_ok=True)
+    common.make_folder(args.out)
     started = time.time()
     if args.demo:
         if args.demo == "gradient-flow":
@@ -1008,5 +1026,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with common.one_line_errors():
+    with common.one_line_errors("take fewer --images or a smaller --model"):
         main()

@@ -368,8 +368,9 @@ def orthogonal_mlp_weight(
 #               difference by chi(g) = g^2 E phi'^2 / Var phi, phi = GELU(g z), from 1 at g = 0 (a
 #               linear map) to 1.32 at g = 1. So fc1's gain g can balance attention's delta^2:
 #                                   chi(g) delta^2 = 1
-#   delta       = 1 - 1/L: over all L blocks a token is averaged with others about once; and its
-#               gradient grows by chi^L = e^2 at most. Both are the same at every depth.
+#   delta       = 1 - 1/L: over all L blocks a token is averaged with others about once, and its
+#               gradient grows about chi^L = e^2-fold (at most 8.5), at every depth from 8 blocks
+#               on. Below, even g = 1 spreads too little; so few blocks lose little.
 #   W_Q = W_K   = sqrt(s) R, R Haar orthogonal: with tokens of square norm d behind a LayerNorm
 #               and of correlation rho the logits are about s sqrt(d_h) on the diagonal, rho times
 #               that off it, so  s sqrt(d_h) (1 - rho) = log((n - 1) delta / (1 - delta)).

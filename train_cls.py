@@ -412,23 +412,12 @@ def main() -> None:
                 loss_sum=float(loss_sum),
             )
 
+    def save_now(epoch: int, step: int) -> None:
+        loss_sum.copy_(common.mean_over_processes(loss_sum))
+        save("last.pt", epoch, step)
+
     def break_off(what: str, epoch: int, step: int) -> None:
         common.break_off(what, out, epoch, step, optimizers[0].param_groups[0]["lr"])
-
-    def leave_if_asked(epoch: int, step: int) -> None:
-        """On Ctrl-C or SIGTERM save, unless saved just now, and end with the shell's usual code."""
-        number = stop.requested(device)
-        if not number:
-            return
-        if step:
-            if dist.is_initialized():
-                dist.all_reduce(loss_sum)
-                loss_sum.div_(world)
-            save("last.pt", epoch, step)
-        say(f"stopped at epoch {epoch + 1}, step {step}; continue with --resume {out / 'last.pt'}")
-        if dist.is_initialized():
-            dist.barrier()  # torchrun ends all when the first leaves: save before that
-        raise SystemExit(128 + number)
 
     # ---- training --------------------------------------------------------------------------------
     # Reading a number off the GPU waits for it, so the loss is looked at now and then only.
@@ -471,7 +460,8 @@ def main() -> None:
                 nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
             last = step + 1 == steps_an_epoch
             if last or (step + 1) % look_every == 0:
-                mean_loss = float(loss_sum) / (step + 1)
+                # of all processes: they must leave together
+                mean_loss = float(common.mean_over_processes(loss_sum)) / (step + 1)
                 if not math.isfinite(mean_loss):
                     break_off(f"the loss is {mean_loss}", epoch, step)
                 bar.set_postfix(loss=f"{mean_loss:.3f}", lr=f"{schedules[0].get_last_lr()[0]:.1e}")
@@ -486,13 +476,11 @@ def main() -> None:
             if ema:
                 ema.update_parameters(model)
             if not last and (step + 1) % look_every == 0:
-                leave_if_asked(epoch, step + 1)
+                common.leave_if_asked(stop, device, save_now, out, epoch, step + 1)
         bar.close()
 
         # ---- end of an epoch ---------------------------------------------------------------------
-        if dist.is_initialized():
-            dist.all_reduce(loss_sum)
-        train_loss = float(loss_sum) / (steps_an_epoch * world)
+        train_loss = float(common.mean_over_processes(loss_sum)) / steps_an_epoch
         loss_sum.zero_()
         rate = (steps_an_epoch - first_step) * args.batch_size / (time.time() - epoch_started)
         first_step = 0
@@ -515,7 +503,7 @@ def main() -> None:
             common.write_log(out / "log.jsonl", history)
             common.plot_curves(out, dict(train_loss="training loss", top1="val top-1, %"))
         if epoch + 1 < args.epochs:
-            leave_if_asked(epoch + 1, 0)
+            common.leave_if_asked(stop, device, save_now, out, epoch + 1, 0)
 
     final = history[-1]
     say(
@@ -527,5 +515,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with common.one_line_errors():
+    with common.one_line_errors("raise --grad-accum"):
         main()

@@ -6,9 +6,9 @@
 
 A student sees crops of an image and learns to predict what a teacher, the running average of the
 student, says of two large crops of it. DATA holds train/<class>/*; the labels are never trained
-on. Where val/ has the same classes, a weighted k-nearest-neighbour vote on the teacher's features
-measures them every few epochs: that is the number to watch, since the loss says little (near
-ln(prototypes) the output is uniform). Without --data the images are drawn (`common.Shapes`).
+on. If there is a val/, with the same classes, a weighted k-nearest-neighbour vote on the teacher's
+features is measured on it every few epochs: that is the number to watch, since the loss says little
+(near ln(prototypes) the output is uniform). Without --data images are drawn (`common.Shapes`).
 Each run writes a folder: log.jsonl, curves.png (this run and its siblings) and last.pt.
 `torchrun --nproc-per-node=N train_ssl.py ...` trains on N GPUs, or on N CPU processes.
 
@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import InterpolationMode, v2
@@ -168,7 +168,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", "of weights, order, crops and drop-path", type=int)
     add(
         "--resume",
-        "continue the run of this checkpoint exactly; its settings are kept",
+        "continue the run of this checkpoint, on the CPU to the last bit; its settings are kept",
         metavar="CKPT",
     )
     p.error = common.fail  # one line, like every other mistake
@@ -216,6 +216,12 @@ def local_size(image_size: int, patch_size: int) -> int:
     return max(1, round(image_size * 3 / 7 / patch_size)) * patch_size
 
 
+def blurred(image: Image.Image) -> Image.Image:
+    """A Gaussian blur of random width, by Pillow: several times as fast as a dense kernel."""
+    sigma = torch.empty(()).uniform_(0.1, 2.0).item()
+    return image.filter(ImageFilter.GaussianBlur(sigma))
+
+
 class MultiCrop:
     """image -> ((2, 3, size, size), (local_crops, 3, small, small)), uint8: DINO's augmentation.
 
@@ -244,7 +250,7 @@ class MultiCrop:
         if self.drawn:
             steps.insert(0, v2.RandomRotation(180, InterpolationMode.BILINEAR))
         if size >= 96:
-            steps.append(v2.RandomApply([v2.GaussianBlur(23, sigma=(0.1, 2.0))], p=blur))
+            steps.append(v2.RandomApply([v2.Lambda(blurred)], p=blur))
         return v2.Compose([*steps, v2.RandomSolarize(128, p=solarize), v2.PILToTensor()])
 
     def __call__(self, image: Image.Image | Tensor) -> tuple[Tensor, Tensor]:
@@ -328,9 +334,9 @@ def dino_loss(student_logits: Tensor, targets: Tensor, temperature: float) -> Te
     """
     log_p = (student_logits.float() / temperature).log_softmax(-1)
     pairs = [
-        -(target * log_p[s]).sum(-1).mean()
+        -(target * log_p_s).sum(-1).mean()
         for g, target in enumerate(targets)
-        for s in range(len(log_p))
+        for s, log_p_s in enumerate(log_p.unbind())
         if s != g
     ]
     return torch.stack(pairs).mean()
@@ -450,6 +456,8 @@ def main() -> None:
             f"--batch-size {args.batch_size} exceeds the {len(train_set)} training images of "
             f"{data_name}; make it smaller"
         )
+    if val_set is not None and len(val_set) < world:
+        common.fail(f"--data {data_name}: fewer images in val/ than the {world} processes")
     small = local_size(args.image_size, args.patch_size)
     crops = MultiCrop(args.image_size, small, args.local_crops, args.crop_split, drawn)
     batches = common.Batches(len(train_set), args.batch_size, args.seed, True, rank, world)
@@ -504,9 +512,12 @@ def main() -> None:
     steps = args.epochs * steps_an_epoch
     warmup_steps = round(args.warmup_epochs * steps_an_epoch)
     history, first_epoch, first_step, seconds = [], 0, 0, 0.0
-    sums = torch.zeros(3, device=device)  # over the epoch's steps: loss, entropy, feature std
+    # over the epoch's steps: loss, teacher entropy, feature std, norm of the gradients
+    sums = torch.zeros(4, device=device)
     if checkpoint:
         common.check_same_run(args.resume, checkpoint, len(train_set), world)
+        if checkpoint["classes"] != train_set.classes:
+            common.fail(f"{data_name} has other classes than {args.resume} was trained on")
         student.load_state_dict(checkpoint["student"])
         teacher.backbone.load_state_dict(checkpoint["model"])
         teacher.head.load_state_dict(checkpoint["teacher_head"])
@@ -547,6 +558,7 @@ def main() -> None:
                 out / "last.pt",
                 script="train_ssl",
                 args=stored_args,
+                classes=train_set.classes,
                 images=len(train_set),
                 processes=world,
                 model_config=backbone.config,
@@ -563,28 +575,16 @@ def main() -> None:
                 sums=sums,
             )
 
-    def leave_if_asked(epoch: int, step: int) -> None:
-        """On Ctrl-C or SIGTERM save, unless saved just now, and end with the shell's usual code."""
-        number = stop.requested(device)
-        if not number:
-            return
-        if step:
-            if dist.is_initialized():
-                dist.all_reduce(sums)
-                sums.div_(world)
-            save(epoch, step)
-        say(f"stopped at epoch {epoch + 1}, step {step}; continue with --resume {out / 'last.pt'}")
-        if dist.is_initialized():
-            dist.barrier()  # torchrun ends all when the first leaves: save before that
-        raise SystemExit(128 + number)
+    def save_now(epoch: int, step: int) -> None:
+        sums.copy_(common.mean_over_processes(sums))
+        save(epoch, step)
 
     def measure_knn() -> float | None:
         if not knn_loaders:
             return None
         return knn_accuracy(teacher.backbone, *knn_loaders, device, args.amp)
 
-    def record(row: dict) -> None:
-        history.append(row)
+    def show() -> None:
         if main_process:
             common.write_log(out / "log.jsonl", history)
             panels = dict(train_loss="training loss", knn="k-NN top-1, %")
@@ -596,10 +596,10 @@ def main() -> None:
     stop = common.StopSignal()
     started = time.time()
     if not history:
-        record(dict(epoch=0, train_loss=None, knn=measure_knn()))
+        history.append(dict(epoch=0, train_loss=None, knn=measure_knn()))
+        show()
         if history[0]["knn"] is not None:
             say(f"epoch   0  k-NN {history[0]['knn']:.1f} % before training")
-    warned = False
     for epoch in range(first_epoch, args.epochs):
         student.train()
         batches.epoch, batches.first = epoch, first_step
@@ -634,13 +634,14 @@ def main() -> None:
                 if epoch < FROZEN_EPOCHS:
                     student.head.prototypes.grad = None
                 gradients = [p.grad for p in student_parameters if p.grad is not None]
-                norms = torch._foreach_norm(gradients)
-                factors = [(CLIP_GRAD / (norm + 1e-6)).clamp(max=1) for norm in norms]
-                torch._foreach_mul_(gradients, factors)
+                norms = torch.stack(torch._foreach_norm(gradients))
+                factors = (CLIP_GRAD / (norms + 1e-6)).clamp(max=1)
+                torch._foreach_mul_(gradients, list(factors.unbind()))
                 entropy = -(targets * targets.clamp_min(1e-12).log()).sum(-1).mean()
                 # of unit vectors in d dimensions: 1 when they point everywhere, 0 when they agree
-                spread = F.normalize(teacher_features.float(), dim=-1).std(dim=1).mean()
-                sums += torch.stack([loss.detach(), entropy, spread * width**0.5])
+                spread = F.normalize(teacher_features.float(), dim=-1).std(dim=1, correction=0)
+                spread = spread.mean() * width**0.5
+                sums += torch.stack([loss.detach(), entropy, spread, norms.norm()])
                 batch_centre = teacher_logits.float().mean(dim=(0, 1))
                 if dist.is_initialized():
                     dist.all_reduce(batch_centre)
@@ -649,9 +650,12 @@ def main() -> None:
 
             last = step + 1 == steps_an_epoch
             if last or (step + 1) % look_every == 0:
-                mean_loss = float(sums[0]) / (step + 1)
-                if not math.isfinite(mean_loss):
-                    common.break_off(f"the loss is {mean_loss}", out, epoch, step, now["lr"])
+                # of all processes: they must leave together
+                looked_at = common.mean_over_processes(sums)
+                mean_loss = float(looked_at[0]) / (step + 1)
+                if not math.isfinite(float(looked_at.sum())):
+                    problem = f"the loss is {mean_loss}, the gradients' norm {float(looked_at[3])}"
+                    common.break_off(problem, out, epoch, step, now["lr"])
                 bar.set_postfix(loss=f"{mean_loss:.3f}", lr=f"{now['lr']:.1e}")
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -667,13 +671,11 @@ def main() -> None:
             with torch.no_grad():  # theta_t <- m theta_t + (1 - m) theta_s
                 torch._foreach_lerp_(teacher_parameters, student_parameters, 1 - now["momentum"])
             if not last and (step + 1) % look_every == 0:
-                leave_if_asked(epoch, step + 1)
+                common.leave_if_asked(stop, device, save_now, out, epoch, step + 1)
         bar.close()
 
         # ---- end of an epoch ---------------------------------------------------------------------
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-        loss, entropy, spread = (sums / (steps_an_epoch * world)).tolist()
+        loss, entropy, spread, _ = (common.mean_over_processes(sums) / steps_an_epoch).tolist()
         sums.zero_()
         rate = (steps_an_epoch - first_step) * args.batch_size / (time.time() - epoch_started)
         first_step = 0
@@ -682,21 +684,24 @@ def main() -> None:
         minutes = (seconds + time.time() - started) / 60
         row = dict(epoch=epoch + 1, train_loss=loss, teacher_entropy=entropy, feature_std=spread)
         row |= dict(knn=knn, lr=now["lr"], momentum=now["momentum"])
-        record(row | dict(images_per_s=round(rate, 1), minutes=round(minutes, 3)))
+        row |= dict(images_per_s=round(rate, 1), minutes=round(minutes, 3), warning=None)
         say(
             f"epoch {epoch + 1:3d}  loss {loss:.3f}  teacher entropy {entropy:.2f} of "
             f"{math.log(args.prototypes):.2f}  feature std {spread:.2f}  "
             + ("" if knn is None else f"k-NN {knn:.1f} %  ")
             + f"{rate:.0f} images/s"
         )
-        uniform = entropy > 0.98 * math.log(args.prototypes)
-        if (uniform or spread < 0.05) and not warned:
-            warned = True
-            sign = "the teacher's output is uniform" if uniform else "all images look the same"
-            say(f"warning: collapse at epoch {epoch + 1}: {sign}; try a smaller --lr or --momentum")
+        if spread < 0.02:
+            row["warning"] = "collapse: all images look the same"
+        elif entropy > 0.98 * math.log(args.prototypes) and epoch + 1 > args.warmup_epochs:
+            row["warning"] = "the teacher's output is uniform: little to learn from"
+        if row["warning"] and row["warning"] not in [r.get("warning") for r in history]:
+            say(f"warning: {row['warning']}; try a smaller --lr, --momentum or --prototypes")
+        history.append(row)
         save(epoch + 1, 0)
+        show()
         if epoch + 1 < args.epochs:
-            leave_if_asked(epoch + 1, 0)
+            common.leave_if_asked(stop, device, save_now, out, epoch + 1, 0)
 
     final = history[-1]
     result = "k-NN off" if final["knn"] is None else f"k-NN top-1 {final['knn']:.1f} %"
@@ -706,5 +711,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with common.one_line_errors():
+    with common.one_line_errors("make --batch-size smaller, or start more processes"):
         main()

@@ -60,11 +60,13 @@ def segment(logs: Path, camvid: Path, arm: str, seed: int, setting: str) -> None
 
 
 def cells(values: list[float]) -> str:
+    if not values:
+        return "-"
     return f"{statistics.mean(values):.1f} ({min(values):.1f} .. {max(values):.1f})"
 
 
 def table(logs: Path) -> None:
-    """Mean and range over the seeds found."""
+    """Mean and range over the seeds found; - where nothing is."""
     rates = " | ".join(f"lr {lr}" for lr in LEARNING_RATES)
     print(f"\n| arm | k-NN on the held-back fifth: {rates} | seeds | k-NN on val, before | after |")
     print("|---|" + "---|" * (len(LEARNING_RATES) + 3))
@@ -72,16 +74,16 @@ def table(logs: Path) -> None:
     for arm in ARMS:
         folders = [logs / f"full/{arm}-seed{seed}" for seed in SEEDS]
         finished[arm] = [f for f in folders if runs.last_row(f, EPOCHS)]
-        tuned = [
-            f"{runs.last_row(logs / f'tune/{arm}-lr{lr}', TUNING_EPOCHS)['knn']:.1f}"
-            for lr in LEARNING_RATES
+        tuning = [
+            runs.last_row(logs / f"tune/{arm}-lr{lr}", TUNING_EPOCHS) for lr in LEARNING_RATES
         ]
+        tuned = " | ".join(f"{row['knn']:.1f}" if row else "-" for row in tuning)
         first = [(f / "log.jsonl").read_text().splitlines()[0] for f in finished[arm]]
         before = [json.loads(line)["knn"] for line in first]
         after = [runs.last_row(f, EPOCHS)["knn"] for f in finished[arm]]
-        print(f"| {arm} | {' | '.join(tuned)} | {len(after)} | {cells(before)} | {cells(after)} |")
-    print("\n| arm | blocks | mIoU | untrained | pixel accuracy | mIoU of the majority class |")
-    print("|---|---|---|---|---|---|")
+        print(f"| {arm} | {tuned} | {len(after)} | {cells(before)} | {cells(after)} |")
+    print("\n| arm | blocks | seeds | mIoU | untrained | pixel accuracy | majority class: mIoU |")
+    print("|---|---|---|---|---|---|---|")
     for arm in ARMS:
         for setting in BLOCKS:
             files = [f / setting / "segment.json" for f in finished[arm]]
@@ -89,10 +91,9 @@ def table(logs: Path) -> None:
             if results:
                 majority, trained, untrained = zip(*(r.values() for r in results))
                 print(
-                    f"| {arm} | {setting} | {cells([r['miou'] for r in trained])} | "
-                    f"{cells([r['miou'] for r in untrained])} | "
-                    f"{cells([r['accuracy'] for r in trained])} | "
-                    f"{majority[0]['miou']:.1f} |"
+                    f"| {arm} | {setting} | {len(results)} | {cells([r['miou'] for r in trained])} "
+                    f"| {cells([r['miou'] for r in untrained])} | "
+                    f"{cells([r['accuracy'] for r in trained])} | {majority[0]['miou']:.1f} |"
                 )
 
 

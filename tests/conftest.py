@@ -53,6 +53,23 @@ def run_script(*args, cwd: Path, launcher=()) -> subprocess.CompletedProcess:
     )
 
 
+def run_interrupted(script: str, looks: int, words, cwd: Path) -> subprocess.CompletedProcess:
+    """A training script that finds itself asked to stop the looks-th time it looks.
+
+    As by SIGTERM, but at a place that does not depend on how fast the machine is.
+    """
+    code = f"""
+import signal, common, {script}
+looks = iter(range(1, 10**6))
+common.StopSignal.requested = lambda *_: signal.SIGTERM * (next(looks) == {looks})
+{script}.main()
+"""
+    command = [sys.executable, "-c", code, *map(str, words)]
+    return subprocess.run(
+        command, cwd=cwd, env=script_environment(), capture_output=True, text=True, timeout=200
+    )
+
+
 def run_scripts(commands: dict, cwd: Path) -> dict:
     """`run_script` for each named list of words, two at a time: most of their time is importing."""
     with ThreadPoolExecutor(2) as pool:

@@ -20,7 +20,7 @@ from minskip import ViT, conditioned_init_
 def command(monkeypatch, *words) -> None:
     """eval_dense.py as from the command line, in this process: importing takes seconds."""
     monkeypatch.setattr(sys, "argv", ["eval_dense.py", *map(str, words)])
-    with common.one_line_errors():
+    with common.one_line_errors("make --image-size smaller"):
         eval_dense.main()
 
 

@@ -102,8 +102,13 @@ def test_the_init_in_a_hugging_face_vit():
 
 def test_commands_name_real_flags(tmp_path):
     shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
-    scripts = ("train_cls.py", "jacobian_probe.py", "experiments/photographs.py")
-    done = run_scripts({script: [script, "--help"] for script in scripts}, tmp_path)
+    scripts = "train_cls.py train_ssl.py jacobian_probe.py experiments/photographs.py"
+    scripts = [*scripts.split(), "experiments/dino_photographs.py"]
+    helps = [[script, "--help"] for script in scripts]
+    helps += [
+        ["eval_dense.py", command, "--help"] for command in ("segment", "discover", "picture")
+    ]
+    done = run_scripts({" ".join(words): words for words in helps}, tmp_path)
     known = "".join(run.stdout for run in done.values())
     others = {"--nproc-per-node", "--steps"}  # torchrun's, a benchmark's
     assert not {flag for flag in shown - others if not re.search(rf"{flag}\b", known)}

@@ -16,6 +16,7 @@ from conftest import (
     SMALL,
     assert_fails_in_one_line,
     make_image_folder,
+    run_interrupted,
     run_script,
     run_scripts,
     script_environment,
@@ -98,14 +99,17 @@ def assert_equal_runs(a: dict, b: dict) -> None:
 
 
 def test_an_interrupted_run_resumes_exactly(image_root, tmp_path):
-    """Ctrl-C, then SIGTERM, each in mid-epoch, and another number of workers: the same weights."""
+    """Stopped in mid-epoch, then by Ctrl-C and SIGTERM, with other numbers of workers: the same."""
     args = ["--data", image_root, "--drop-path", "0.2", "--ema", "0.9", *SMALL, "--epochs", "8"]
     args += ["--batch-size", "4", "--warmup-epochs", "1"]
     straight = run_script("train_cls.py", *args, "--out", "runs/a", "--workers", "0", cwd=tmp_path)
     assert straight.returncode == 0, straight.stderr
 
     out = tmp_path / "runs/b"
-    flags = [*args, "--out", "runs/b", "--workers", "2"]
+    first = run_interrupted("train_cls", 6, [*args, "--out", "runs/b", "--workers", "2"], tmp_path)
+    assert first.returncode == 128 + signal.SIGTERM, first.stderr
+    assert load(out / "last.pt")["step"] == 6
+    flags = ["--resume", "runs/b/last.pt", "--workers", "2"]
     for number, epochs_before in ((signal.SIGINT, 1), (signal.SIGTERM, 3)):
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "train_cls.py"), *map(str, flags)],
