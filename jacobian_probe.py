@@ -616,7 +616,8 @@ def draw(results: dict[str, dict], per_seed: dict[str, list], path: Path, title:
                     color=look["color"],
                     alpha=0.2,
                 )
-            if name == "1 - token correlation":  # each line named where it ends
+            if name == "1 - token correlation" and not network.endswith(BEFORE):
+                # each line named where it ends
                 ax.annotate(
                     network,
                     (first + len(values) - 1, clipped[-1]),

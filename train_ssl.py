@@ -45,6 +45,7 @@ DEFAULTS = {
     "image_size":     (32,     224),
     "patch_size":     (8,      16),
     "position_std":   (0.5,    0.02),
+    "pool":           ("cls",  "cls"),
     "local_crops":    (4,      8),
     "crop_split":     (0.5,    0.25),
     "prototypes":     (256,    65536),
@@ -117,6 +118,12 @@ def parse_arguments() -> argparse.Namespace:
         "--position-std",
         "standard deviation of the position embedding at the start, 0.02 .. 1 [1 with init depth]",
         type=float,
+    )
+    add(
+        "--pool",
+        "feature that is trained and measured: the class token's, or the mean over patch tokens, "
+        "which does not ask the last blocks to mix them",
+        choices=["cls", "mean"],
     )
     add(
         "--opt",
@@ -483,6 +490,7 @@ def main() -> None:
             num_classes=0,
             **PRESETS[args.model] | dict(depth=args.depth),
             residual=not args.skipless,
+            pool=args.pool,
             position_std=args.position_std,
             drop_path=args.drop_path,
         )
