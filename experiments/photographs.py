@@ -1,4 +1,4 @@
-"""Real photographs on two CPU cores: four arms, each with its own learning rate, three seeds.
+"""Real photographs on two CPU cores: five arms, each with its own learning rate, three seeds.
 
     python experiments/photographs.py --data TINY --work runs/photographs
 
@@ -28,6 +28,7 @@ ARMS = {
     "skipless-default": "--skipless --init default",
     "skipless-published": "--skipless --alpha 2.0 --beta 0.6 --c 3.0",
     "skipless-conditioned": "--skipless --alpha 0.7 --beta 1.0 --c 3.0",
+    "skipless-depth": "--skipless --init depth --position-std 1.0",
 }
 LEARNING_RATES = ["3e-4", "1e-3", "3e-3"]
 SEEDS = [0, 1, 2]
@@ -43,18 +44,21 @@ def best_rate(logs: Path, arm: str) -> str:
 
 
 def table(logs: Path) -> None:
+    """Of the logs found; - where there is none."""
     rates = " | ".join(f"lr {lr}" for lr in LEARNING_RATES)
     print(f"\n| arm | held-back fifth: {rates} | val top-1, mean | spread | minutes |")
     print("|---|" + "---|" * (len(LEARNING_RATES) + 3))
     for arm in ARMS:
-        tuned = [f"{last_row(logs / f'tune/{arm}-lr{lr}')['top1']:.1f}" for lr in LEARNING_RATES]
+        tuning = [last_row(logs / f"tune/{arm}-lr{lr}") for lr in LEARNING_RATES]
+        tuned = " | ".join(f"{row['top1']:.1f}" if row else "-" for row in tuning)
         rows = [last_row(logs / f"full/{arm}-seed{seed}") for seed in SEEDS]
-        top1 = [row["top1"] for row in rows]
-        minutes = statistics.mean(row["minutes"] for row in rows)
-        print(
-            f"| {arm} | {' | '.join(tuned)} | {statistics.mean(top1):.1f} | "
-            f"{min(top1):.1f} .. {max(top1):.1f} | {minutes:.1f} |"
-        )
+        top1 = [row["top1"] for row in rows if row]
+        if top1:
+            minutes = statistics.mean(row["minutes"] for row in rows if row)
+            result = f"{statistics.mean(top1):.1f} | {min(top1):.1f} .. {max(top1):.1f}"
+            print(f"| {arm} | {tuned} | {result} | {minutes:.1f} |")
+        else:
+            print(f"| {arm} | {tuned} | - | - | - |")
 
 
 def main() -> None:
