@@ -36,7 +36,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-from minskip import ViT, conditioned_init_
+from minskip import PRESETS, ViT, conditioned_init_
 from soap import SOAP
 
 matplotlib.use("Agg")  # pictures go to files; no window system is needed
@@ -79,19 +79,98 @@ def mixed_seeds(count: int, *numbers: int) -> list[int]:
 # --------------------------------------------------------------------------------------------------
 
 
-def flags(p: argparse.ArgumentParser, defaults: dict[str, tuple]) -> Callable:
-    """`add(flag, help, **kind)`, which shows the (demo, folder) default behind every help text.
+CORES = min(8, os.cpu_count() or 1)
+OPTIMIZERS, INITS = ["soap", "adamw", "muon"], ["conditioned", "depth", "default"]
 
-    A flag that is not given stays None: what it then is depends on the others.
+
+def trainer_flags(p: argparse.ArgumentParser, defaults: dict, constants: tuple[dict, dict]):
+    """The flags that every trainer has; returns `add(flag, help, **kind)` for its own.
+
+    defaults: name -> (demo, folder), shown behind the help texts. constants: alpha, beta and c of
+    the conditioned init, likewise. A flag that is not given stays None: what it then is depends
+    on the others.
     """
+    shown = defaults | {name: tuple(x[name] for x in constants) for name in constants[0]}
+    number, whole, switch = dict(type=float), dict(type=int), dict(action="store_true")
 
     def add(flag: str, help: str, **kind) -> None:
         name = flag[2:].replace("-", "_")
-        if name in defaults:
-            demo, folder = defaults[name]
+        if name in shown:
+            demo, folder = shown[name]
             help += f" [{demo}]" if demo == folder else f" [demo {demo}, --data {folder}]"
         p.add_argument(flag, help=help, default=None, **kind)
 
+    add("--out", "folder of this run's files [under runs/, named after the settings]")
+    add("--model", "width and depth; nano is for CPUs", choices=list(PRESETS))
+    add("--skipless", "train without skip connections", **switch)
+    add(
+        "--init",
+        "weights a skipless network starts from; conditioned: the paper's; depth: ours, keeps "
+        "tokens apart at any depth; default: the usual std 0.02, which lets it learn little or "
+        "nothing [conditioned with --skipless, default without]",
+        choices=INITS,
+    )
+    add(
+        "--alpha",
+        "conditioned init, weight of the random part of W_Q W_K^T, 0.5 .. 2; too large: "
+        "attention starts as one-hot at random places",
+        **number,
+    )
+    add(
+        "--beta",
+        "conditioned init, weight of the identity in W_Q W_K^T, 0.5 .. 2; too small: tokens "
+        "blur into one another with depth",
+        **number,
+    )
+    add(
+        "--c",
+        "scale of W_V and W_O in both inits, 1 .. 3; smaller makes every step relatively larger",
+        **number,
+    )
+    add(
+        "--position-std",
+        "standard deviation of the position embedding at the start, 0.02 .. 1; 1 with --init depth",
+        **number,
+    )
+    add(
+        "--opt",
+        "optimizer; soap is the paper's and matters without skips; muon is used for the blocks' "
+        "matrices, adamw for the rest",
+        choices=OPTIMIZERS,
+    )
+    add(
+        "--lr",
+        "peak learning rate; a skipless network wants a third to a tenth of a residual one's: "
+        "too large and the loss stays flat at its first value [by optimizer, 2e-4 .. 5e-3]",
+        **number,
+    )
+    add("--batch-size", "images a step, over all processes", **whole)
+    add("--epochs", "passes over the training images", **whole)
+    add(
+        "--warmup-epochs",
+        "epochs over which the learning rate rises; fractions are fine; too short: the loss "
+        "jumps in the first steps",
+        **number,
+    )
+    add("--image-size", "side of the images, pixels", **whole)
+    add("--patch-size", "side of a patch, pixels; halving it makes four times the tokens", **whole)
+    add("--depth", "number of blocks [the model's]", **whole)
+    add(
+        "--drop-path",
+        "stochastic depth of the last block, only with skips [demo 0, --data 0.1; 0 without skips]",
+        **number,
+    )
+    add("--workers", "processes that load images", **whole)
+    add("--compile", "torch.compile: faster after a minute or two of compiling", **switch)
+    add("--amp", "bf16 autocast; auto: on GPUs that support it", choices=["auto", "bf16", "off"])
+    add("--device", "auto, cpu, cuda or cuda:N")
+    add("--seed", "of weights, order, augmentation and drop-path", **whole)
+    add(
+        "--resume",
+        "continue the run of this checkpoint, on the CPU to the last bit; its settings are kept",
+        metavar="CKPT",
+    )
+    p.error = fail  # one line, like every other mistake
     return add
 
 
@@ -113,6 +192,46 @@ def stored_settings(given: argparse.Namespace, stored: dict, free: set[str]) -> 
                 f"leave {flag} out"
             )
     return argparse.Namespace(**{**vars(given), **stored, **explicit})
+
+
+def settle_init(settings: dict, explicit: dict, constants: dict) -> dict:
+    """Settings with what belongs to the chosen --init; others' constants end the program.
+
+    constants: alpha, beta and c of --init conditioned.
+    """
+    used = dict(conditioned=list(constants), depth=["c"], default=[])[settings["init"]]
+    if useless := [f"--{name}" for name in constants if name in explicit and name not in used]:
+        fail(f"{' and '.join(useless)} set the conditioned init; add --init conditioned")
+    if settings["init"] == "depth" and "position_std" not in explicit:
+        settings = settings | dict(position_std=1.0)  # which that scheme counts on
+    return {name: constants[name] for name in used} | settings
+
+
+def settled(
+    given: argparse.Namespace,
+    defaults: dict[str, tuple],
+    constants: tuple[dict, dict],
+    learning_rate: dict[str, tuple],
+    drop_path: tuple[float, float],
+) -> argparse.Namespace:
+    """The settings of a fresh run: as given, else by default.
+
+    defaults and constants as for `trainer_flags`; learning_rate: optimizer -> (demo, folder), each
+    (residual, skipless); drop_path: (residual, skipless), with a folder.
+    """
+    explicit = given_flags(given)
+    folder = "data" in explicit
+    settings = {name: values[folder] for name, values in defaults.items()} | explicit
+    skipless = settings.setdefault("skipless", False)
+    settings.setdefault("compile", False)
+    settings.setdefault("init", "conditioned" if skipless else "default")
+    settings.setdefault("drop_path", drop_path[skipless] if folder else 0.0)
+    settings.setdefault("lr", learning_rate[settings["opt"]][folder][skipless])
+    settings.setdefault("depth", PRESETS[settings["model"]]["depth"])
+    if settings["drop_path"] and skipless:
+        fail("--drop-path needs skip connections: leave it out with --skipless")
+    settings = settle_init(settings, explicit, constants[folder])
+    return argparse.Namespace(**{**vars(given), **settings})
 
 
 def check_ranges(
@@ -192,17 +311,34 @@ def initialise_(model: ViT, args: argparse.Namespace) -> None:
         conditioned_init_(model, c=args.c, scheme="depth")
 
 
-def settle_init(settings: dict, explicit: dict, constants: dict) -> dict:
-    """Settings with what belongs to the chosen --init; others' constants end the program.
+def build_vit(args: argparse.Namespace, num_classes: int, pool: str = "cls") -> ViT:
+    """The network that the flags describe, initialised; sizes that do not fit end the program."""
+    try:
+        model = ViT(
+            args.image_size,
+            args.patch_size,
+            num_classes,
+            **PRESETS[args.model] | dict(depth=args.depth),
+            residual=not args.skipless,
+            pool=pool,
+            position_std=args.position_std,
+            drop_path=args.drop_path,
+        )
+        initialise_(model, args)
+    except ValueError as error:
+        fail(str(error))
+    return model
 
-    constants: alpha, beta and c of --init conditioned.
-    """
-    used = dict(conditioned=list(constants), depth=["c"], default=[])[settings["init"]]
-    if useless := [f"--{name}" for name in constants if name in explicit and name not in used]:
-        fail(f"{' and '.join(useless)} set the conditioned init; add --init conditioned")
-    if settings["init"] == "depth" and "position_std" not in explicit:
-        settings = settings | dict(position_std=1.0)  # which that scheme counts on
-    return {name: constants[name] for name in used} | settings
+
+def described(model: ViT, args: argparse.Namespace) -> tuple[str, str]:
+    """(start of a run folder's name, the line that a run says of its network)."""
+    body = "skipless" if args.skipless else "residual"
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    kind = f"skipless-{args.init}" if args.skipless else body
+    return f"{args.model}-{kind}-{args.opt}", (
+        f"model   ViT {args.model}, {args.depth} blocks, {parameters:.2f} M parameters, "
+        f"{body}, {args.init} init"
+    )
 
 
 # --------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ Numbers measured with each command, and on what hardware: README, "Results".
 import argparse
 import contextlib
 import math
-import os
 import time
 
 import torch
@@ -28,7 +27,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import common
-from minskip import PRESETS, ViT
+from minskip import ViT
 
 # --------------------------------------------------------------------------------------------------
 # Settings: what each flag is when it is not given
@@ -54,6 +53,7 @@ DEFAULTS = {
     "grad_accum":     (1,      1),
     "amp":            ("auto", "auto"),
     "device":         ("auto", "auto"),
+    "workers":        (0,      common.CORES),
 }  # fmt: skip
 #                     residual  skipless
 DROP_PATH =           (0.1,     0.0)  # with --data; in the demo 0 for both  # fmt: skip
@@ -82,72 +82,10 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = common.flags(p, DEFAULTS)
-    run = dict(action="store_true")
+    add = common.trainer_flags(p, DEFAULTS, CONDITIONED_INIT)
     add("--data", "folder with train/<class>/* and val/<class>/*; left out: images are drawn")
-    add("--out", "folder of this run's files [runs/cls-..., named after the settings]")
-    add("--model", "width and depth; nano is for CPUs", choices=list(PRESETS))
-    add("--skipless", "train without skip connections", **run)
-    add(
-        "--init",
-        "weights a skipless network starts from; conditioned: the paper's; depth: ours, keeps "
-        "tokens apart at any depth; default: the usual std 0.02, which lets it learn little or "
-        "nothing [conditioned with --skipless, default without]",
-        choices=["conditioned", "depth", "default"],
-    )
-    add(
-        "--alpha",
-        "conditioned init, weight of the random part of W_Q W_K^T, 0.5 .. 2; too large: "
-        "attention starts as one-hot at random places [demo 0.7, --data 2.0]",
-        type=float,
-    )
-    add(
-        "--beta",
-        "conditioned init, weight of the identity in W_Q W_K^T, 0.5 .. 2; too small: "
-        "tokens blur into one another with depth [demo 1.0, --data 0.6]",
-        type=float,
-    )
-    add(
-        "--c",
-        "conditioned init, scale of W_V and W_O, 1 .. 3; smaller makes every step relatively "
-        "larger [3.0]",
-        type=float,
-    )
-    add(
-        "--position-std",
-        "standard deviation of the position embedding at the start, 0.02 .. 1 [1 with init depth]",
-        type=float,
-    )
-    add(
-        "--opt",
-        "optimizer; soap is the paper's and matters without skips; muon is used for the "
-        "blocks' matrices, adamw for the rest",
-        choices=["soap", "adamw", "muon"],
-    )
-    add(
-        "--lr",
-        "peak learning rate; a skipless network wants a third to a tenth of a residual "
-        "one's: too large and the loss stays flat at its first value [by optimizer, 2e-4 .. 5e-3]",
-        type=float,
-    )
     add("--weight-decay", "decoupled; not on biases, norms and embeddings; 0 .. 0.1", type=float)
-    add("--batch-size", "images a step, over all processes and accumulated parts", type=int)
     add("--grad-accum", "parts a batch is computed in; raise it when memory runs out", type=int)
-    add("--epochs", "passes over the training images", type=int)
-    add(
-        "--warmup-epochs",
-        "epochs over which the learning rate rises; fractions are fine; too "
-        "short: the loss jumps in the first steps",
-        type=float,
-    )
-    add("--image-size", "side of the images, pixels", type=int)
-    add("--patch-size", "side of a patch, pixels; halving it makes four times the tokens", type=int)
-    add("--depth", "number of blocks [the model's]", type=int)
-    add(
-        "--drop-path",
-        "stochastic depth of the last block, only with skips [demo 0, --data 0.1]",
-        type=float,
-    )
     add("--mixup", "alpha of MixUp's beta distribution; 0 is off", type=float)
     add("--cutmix", "alpha of CutMix's; 0 is off, with both on each batch takes one", type=float)
     add("--label-smoothing", "share of the target spread over all classes, 0 .. 0.2", type=float)
@@ -158,22 +96,11 @@ def parse_arguments() -> argparse.Namespace:
         "usual for long runs",
         type=float,
     )
-    add("--workers", "processes that load images [demo 0, --data up to 8]", type=int)
-    add("--compile", "torch.compile: faster after a minute or two of compiling", **run)
-    add("--amp", "bf16 autocast; auto: on GPUs that support it", choices=["auto", "bf16", "off"])
-    add("--device", "auto, cpu, cuda or cuda:N")
-    add("--seed", "of weights, order, augmentation and drop-path", type=int)
-    add(
-        "--resume",
-        "continue the run of this checkpoint exactly; its settings are kept",
-        metavar="CKPT",
-    )
     add(
         "--eval",
         "measure this checkpoint on val and stop; the network is rebuilt from the file",
         metavar="CKPT",
     )
-    p.error = common.fail  # one line, like every other mistake
     return p.parse_args()
 
 
@@ -185,28 +112,13 @@ def settle(given: argparse.Namespace, stored: dict | None) -> argparse.Namespace
     if stored is not None:
         free = FREE_TO_CHANGE | (FREE_IN_EVAL if given.eval else set())
         return common.stored_settings(given, stored, free)
-    explicit = common.given_flags(given)
-    folder = "data" in explicit
-    settings = {name: values[folder] for name, values in DEFAULTS.items()}
-    settings |= explicit
-    skipless = bool(settings.get("skipless"))
-    settings["skipless"], settings["compile"] = skipless, bool(settings.get("compile"))
-    settings.setdefault("init", "conditioned" if skipless else "default")
-    settings.setdefault("drop_path", DROP_PATH[skipless] if folder else 0.0)
-    settings.setdefault("lr", LEARNING_RATE[settings["opt"]][folder][skipless])
-    settings.setdefault("depth", PRESETS[settings["model"]]["depth"])
-    settings.setdefault("workers", min(8, os.cpu_count() or 1) if folder else 0)
-    settings = common.settle_init(settings, explicit, CONDITIONED_INIT[folder])
-    args = argparse.Namespace(**{**vars(given), **settings})
-
+    args = common.settled(given, DEFAULTS, CONDITIONED_INIT, LEARNING_RATE, DROP_PATH)
     common.check_ranges(
         args,
         "image_size patch_size depth batch_size grad_accum epochs lr".split(),
         "weight_decay warmup_epochs mixup cutmix clip_grad position_std workers seed".split(),
         "label_smoothing ema drop_path".split(),
     )
-    if args.drop_path and skipless:
-        common.fail("--drop-path needs skip connections: leave it out with --skipless")
     return args
 
 
@@ -304,26 +216,11 @@ def main() -> None:
     elif checkpoint:
         model = ViT(**checkpoint["model_config"])
     else:
-        try:
-            shape = PRESETS[args.model] | dict(depth=args.depth)
-            model = ViT(
-                args.image_size,
-                args.patch_size,
-                len(classes),
-                **shape,
-                residual=not args.skipless,
-                position_std=args.position_std,
-                drop_path=args.drop_path,
-            )
-            common.initialise_(model, args)
-        except ValueError as error:
-            common.fail(str(error))
+        model = common.build_vit(args, len(classes))
     model.to(device)
-    stem = f"skipless-{args.init}" if args.skipless else "residual"
-    stem = f"cls-{args.model}-{stem}-{args.opt}"
-    kind = f"skipless, {args.init} init" if args.skipless else f"residual, {args.init} init"
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    say(f"model   ViT {args.model}, {args.depth} blocks, {parameters:.2f} M parameters, {kind}")
+    stem, line = common.described(model, args)
+    stem = f"cls-{stem}"
+    say(line)
     say(
         f"data    {data_name}: {len(train_set)} train, {len(val_set)} val, {len(classes)} classes, "
         f"{args.image_size} px in patches of {args.patch_size}"

@@ -33,7 +33,7 @@ from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 import common
-from minskip import PRESETS, ViT
+from minskip import ViT
 
 # --------------------------------------------------------------------------------------------------
 # Settings: what each flag is when it is not given
@@ -59,6 +59,7 @@ DEFAULTS = {
     "seed":           (0,      0),
     "amp":            ("auto", "auto"),
     "device":         ("auto", "auto"),
+    "workers":        (common.CORES - 1, common.CORES),
 }  # fmt: skip
 #                     residual  skipless
 DROP_PATH =           (0.1,     0.0)  # with --data; in the demo 0 for both  # fmt: skip
@@ -94,57 +95,15 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = common.flags(p, DEFAULTS)
-    run = dict(action="store_true")
+    add = common.trainer_flags(p, DEFAULTS, CONDITIONED_INIT)
     add("--data", "folder with train/<class>/* and, for k-NN, val/; left out: images are drawn")
-    add("--out", "folder of this run's files [runs/ssl-..., named after the settings]")
-    add("--model", "width and depth; nano is for CPUs", choices=list(PRESETS))
-    add("--skipless", "train without skip connections", **run)
-    add(
-        "--init",
-        "weights a skipless network starts from; conditioned: the paper's; depth: ours, keeps "
-        "tokens apart at any depth; default: the usual std 0.02 "
-        "[conditioned with --skipless, default without]",
-        choices=["conditioned", "depth", "default"],
-    )
-    add(
-        "--alpha",
-        "conditioned init, weight of the random part of W_Q W_K^T, 0.5 .. 2 [demo 0.7, --data 1.8]",
-        type=float,
-    )
-    add("--beta", "conditioned init, weight of the identity in W_Q W_K^T, 0.5 .. 2 [1]", type=float)
-    add("--c", "conditioned init, scale of W_V and W_O, 1 .. 3 [3]", type=float)
-    add(
-        "--position-std",
-        "standard deviation of the position embedding at the start, 0.02 .. 1 [1 with init depth]",
-        type=float,
-    )
     add(
         "--pool",
         "feature that is trained and measured: the class token's, or the mean over patch tokens, "
         "which does not ask the last blocks to mix them",
         choices=["cls", "mean"],
     )
-    add(
-        "--opt",
-        "optimizer; muon is used for the blocks' matrices, adamw for the rest",
-        choices=["soap", "adamw", "muon"],
-    )
-    add(
-        "--lr",
-        "peak learning rate; too large: k-NN falls, feature std goes to 0 "
-        "[by optimizer, 3e-4 .. 3e-3]",
-        type=float,
-    )
-    add("--batch-size", "images a step, over all processes", type=int)
-    add("--epochs", "passes over the training images", type=int)
-    add("--warmup-epochs", "epochs over which the learning rate rises", type=float)
-    add("--image-size", "side of the global crops, pixels; local ones have about 3/7", type=int)
-    add("--patch-size", "side of a patch, pixels; halving it makes four times the tokens", type=int)
-    add("--depth", "number of blocks [the model's]", type=int)
-    add("--drop-path", "stochastic depth of the student's last block, only with skips "
-        "[demo 0, --data 0.1]", type=float)  # fmt: skip
-    add("--local-crops", "small crops an image, beside two global ones; 0 .. 10", type=int)
+    add("--local-crops", "crops of about 3/7 the size, beside two global ones; 0 .. 10", type=int)
     add(
         "--crop-split",
         "share of the image's area: global crops cover between it and all, local crops "
@@ -168,17 +127,6 @@ def parse_arguments() -> argparse.Namespace:
         type=float,
     )
     add("--knn-every", "epochs between two k-NN measurements", type=int)
-    add("--workers", "processes that load images [all cores but one, up to 8]", type=int)
-    add("--compile", "torch.compile: faster after a minute or two of compiling", **run)
-    add("--amp", "bf16 autocast; auto: on GPUs that support it", choices=["auto", "bf16", "off"])
-    add("--device", "auto, cpu, cuda or cuda:N")
-    add("--seed", "of weights, order, crops and drop-path", type=int)
-    add(
-        "--resume",
-        "continue the run of this checkpoint, on the CPU to the last bit; its settings are kept",
-        metavar="CKPT",
-    )
-    p.error = common.fail  # one line, like every other mistake
     return p.parse_args()
 
 
@@ -189,18 +137,7 @@ def settle(given: argparse.Namespace, stored: dict | None) -> argparse.Namespace
     """
     if stored is not None:
         return common.stored_settings(given, stored, FREE_TO_CHANGE)
-    explicit = common.given_flags(given)
-    folder = "data" in explicit
-    settings = {name: values[folder] for name, values in DEFAULTS.items()} | explicit
-    skipless = settings.setdefault("skipless", False)
-    settings.setdefault("compile", False)
-    settings.setdefault("init", "conditioned" if skipless else "default")
-    settings.setdefault("drop_path", DROP_PATH[skipless] if folder else 0.0)
-    settings.setdefault("lr", LEARNING_RATE[settings["opt"]][folder][skipless])
-    settings.setdefault("depth", PRESETS[settings["model"]]["depth"])
-    settings.setdefault("workers", min(8, (os.cpu_count() or 1) - 1))
-    settings = common.settle_init(settings, explicit, CONDITIONED_INIT[folder])
-    args = argparse.Namespace(**{**vars(given), **settings})
+    args = common.settled(given, DEFAULTS, CONDITIONED_INIT, LEARNING_RATE, DROP_PATH)
     common.check_ranges(
         args,
         "image_size patch_size depth batch_size epochs lr crop_split prototypes "
@@ -208,8 +145,6 @@ def settle(given: argparse.Namespace, stored: dict | None) -> argparse.Namespace
         "warmup_epochs position_std workers seed local_crops".split(),
         "momentum crop_split drop_path".split(),
     )
-    if args.drop_path and skipless:
-        common.fail("--drop-path needs skip connections: leave it out with --skipless")
     return args
 
 
@@ -483,20 +418,7 @@ def main() -> None:
 
     # ---- student and teacher ---------------------------------------------------------------------
     torch.manual_seed(args.seed)
-    try:
-        backbone = ViT(
-            args.image_size,
-            args.patch_size,
-            num_classes=0,
-            **PRESETS[args.model] | dict(depth=args.depth),
-            residual=not args.skipless,
-            pool=args.pool,
-            position_std=args.position_std,
-            drop_path=args.drop_path,
-        )
-        common.initialise_(backbone, args)
-    except ValueError as error:
-        common.fail(str(error))
+    backbone = common.build_vit(args, num_classes=0, pool=args.pool)
     width = backbone.config["width"]
     hidden, bottleneck = (2048, 256) if width >= 192 else (256, 64)
     student = Network(backbone, Head(width, hidden, bottleneck, args.prototypes)).to(device)
@@ -505,11 +427,9 @@ def main() -> None:
     centre = torch.zeros(args.prototypes, device=device)
     optimizers = common.build_optimizers(student, args.opt, args.lr, WEIGHT_DECAY[0])
 
-    stem = f"skipless-{args.init}" if args.skipless else "residual"
-    stem = f"ssl-{args.model}-{stem}-{args.opt}"
-    kind = f"skipless, {args.init} init" if args.skipless else f"residual, {args.init} init"
-    parameters = sum(p.numel() for p in backbone.parameters()) / 1e6
-    say(f"model   ViT {args.model}, {args.depth} blocks, {parameters:.2f} M parameters, {kind}")
+    stem, line = common.described(backbone, args)
+    stem = f"ssl-{stem}"
+    say(line)
     say(
         f"data    {data_name}: {len(train_set)} train, 2 crops of {args.image_size} px and "
         f"{args.local_crops} of {small} px, patches of {args.patch_size}"
