@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from common import draw_shapes
+from common import draw_shapes, one_line_errors
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(
@@ -84,7 +84,7 @@ def run_here(main, words, cwd: Path, monkeypatch, capsys) -> subprocess.Complete
     """
     monkeypatch.chdir(cwd)
     monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as ended, one_line_errors("-"):
         main()
     out, err = capsys.readouterr()
     return subprocess.CompletedProcess(words, ended.value.code, out, err)

@@ -8,7 +8,7 @@ import statistics
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, assert_fails_in_one_line, run_script, run_scripts
+from conftest import SMALL, assert_fails_in_one_line, run_here, run_script
 from torch import nn
 
 import common
@@ -425,19 +425,17 @@ BAD_FLAGS = {
     "--checkpoint other.pt": "was not written by this project",
     "--data nowhere": "nowhere: no such folder",
     "--seeds 0": "--seeds must be at least 1",
+    "--before": "add --checkpoint",
+    "--checkpoint other.pt --depths 3": "--depths is about fresh networks",
+    "--demo magic": "invalid choice",
 }
 
 
-@pytest.fixture(scope="module")
-def refused(tmp_path_factory):
-    cwd = tmp_path_factory.mktemp("refused")
-    torch.save({"weights": 1}, cwd / "other.pt")
-    return run_scripts({f: ["jacobian_probe.py", *f.split()] for f in BAD_FLAGS}, cwd)
-
-
 @pytest.mark.parametrize("flags", BAD_FLAGS)
-def test_bad_flags_end_in_one_line(flags, refused):
-    assert_fails_in_one_line(refused[flags], BAD_FLAGS[flags])
+def test_bad_flags_end_in_one_line(flags, tmp_path, monkeypatch, capsys):
+    torch.save({"weights": 1}, tmp_path / "other.pt")
+    done = run_here(probe.main, flags.split(), tmp_path, monkeypatch, capsys)
+    assert_fails_in_one_line(done, BAD_FLAGS[flags])
 
 
 def test_explain_has_at_most_five_sentences_a_panel(tmp_path):

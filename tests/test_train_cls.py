@@ -16,11 +16,13 @@ from conftest import (
     SMALL,
     assert_fails_in_one_line,
     make_image_folder,
+    run_here,
     run_interrupted,
     run_script,
-    run_scripts,
     script_environment,
 )
+
+import train_cls
 
 RUN = [*SMALL, "--epochs", "2", "--warmup-epochs", "1", "--workers", "0"]
 
@@ -222,21 +224,22 @@ BAD_FLAGS = {
 
 
 @pytest.fixture(scope="module")
-def refused(image_root, finished, tmp_path_factory):
+def finished_and_others(finished):
+    """The folder of `finished`, a copy of its run, and other images."""
     other = make_image_folder(finished[0] / "other")
     (other / "train/class0/00.png").unlink()
     shutil.copytree(finished[0] / "runs/a", finished[0] / "runs/b")
-    commands = {}
-    for flags in BAD_FLAGS:
-        words = flags.format(root=image_root, done=finished[0]).split()
-        base = [] if "--resume" in flags or "--eval" in flags else RUN
-        commands[flags] = ["train_cls.py", *base, *words]
-    return run_scripts(commands, cwd=tmp_path_factory.mktemp("refused"))
+    return finished[0]
 
 
 @pytest.mark.parametrize("flags", BAD_FLAGS)
-def test_bad_flags_end_in_one_line(flags, refused):
-    assert_fails_in_one_line(refused[flags], BAD_FLAGS[flags])
+def test_bad_flags_end_in_one_line(
+    flags, image_root, finished_and_others, tmp_path, monkeypatch, capsys
+):
+    words = flags.format(root=image_root, done=finished_and_others).split()
+    base = [] if "--resume" in flags or "--eval" in flags else RUN
+    done = run_here(train_cls.main, [*base, *words], tmp_path, monkeypatch, capsys)
+    assert_fails_in_one_line(done, BAD_FLAGS[flags])
 
 
 BAD_FOLDERS = {
@@ -249,36 +252,27 @@ BAD_FOLDERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def refused_folders(tmp_path_factory):
-    cwd = tmp_path_factory.mktemp("damaged")
-    commands = {}
-    for damage in BAD_FOLDERS:
-        root = make_image_folder(cwd / damage.replace(" ", "-"))
-        image = root / "train/class0/00.png"
-        if damage == "no val":
-            shutil.rmtree(root / "val")
-        elif damage == "no classes":
-            shutil.rmtree(root / "train")
-            (root / "train").mkdir()
-        elif damage == "empty class":
-            shutil.rmtree(root / "train/class1")
-            (root / "train/class1").mkdir()
-        elif damage == "other classes":
-            (root / "val/class1").rename(root / "val/class9")
-        elif damage == "text":
-            image.write_text("this is no image")
-        elif damage == "cut short":
-            image.write_bytes(image.read_bytes()[:-200])
-        commands[damage] = ["train_cls.py", "--data", root, *RUN]
-    done = run_scripts(commands, cwd)
-    assert not (cwd / "runs").exists()  # nothing was begun
-    return done
-
-
 @pytest.mark.parametrize("damage", BAD_FOLDERS)
-def test_bad_folders_end_in_one_line(damage, refused_folders):
-    assert_fails_in_one_line(refused_folders[damage], BAD_FOLDERS[damage])
+def test_bad_folders_end_in_one_line(damage, tmp_path, monkeypatch, capsys):
+    root = make_image_folder(tmp_path / "images")
+    image = root / "train/class0/00.png"
+    if damage == "no val":
+        shutil.rmtree(root / "val")
+    elif damage == "no classes":
+        shutil.rmtree(root / "train")
+        (root / "train").mkdir()
+    elif damage == "empty class":
+        shutil.rmtree(root / "train/class1")
+        (root / "train/class1").mkdir()
+    elif damage == "other classes":
+        (root / "val/class1").rename(root / "val/class9")
+    elif damage == "text":
+        image.write_text("this is no image")
+    elif damage == "cut short":
+        image.write_bytes(image.read_bytes()[:-200])
+    done = run_here(train_cls.main, ["--data", root, *RUN], tmp_path, monkeypatch, capsys)
+    assert_fails_in_one_line(done, BAD_FOLDERS[damage])
+    assert not (tmp_path / "runs").exists()  # nothing was begun
 
 
 def test_eval_on_other_classes_is_refused(finished, tmp_path):
