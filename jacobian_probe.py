@@ -982,7 +982,7 @@ def main() -> None:
     images, labels = load_images(args, size, device)
 
     # ---- measure ---------------------------------------------------------------------------------
-    results, per_seed = {}, {}
+    results, per_seed, tokens = {}, {}, set()
     depths = (
         [len(build(0).blocks) for build in networks.values()] if args.checkpoint else args.depths
     )
@@ -1000,6 +1000,7 @@ def main() -> None:
             bar.set_description(f"{name}, seed {seed}")
             runs.append(measure(model, images, classes, bar))
         per_seed[name] = runs
+        tokens.add(model.position_embedding.shape[1])
         results[name] = medians(runs)
         results[name]["residual"] = bool(model.config["residual"])
         if not args.checkpoint and "+" not in name:
@@ -1009,18 +1010,18 @@ def main() -> None:
     bar.close()
 
     # ---- show ------------------------------------------------------------------------------------
-    n = model.position_embedding.shape[1]
     print_table(results)
     print()
     for name, result in results.items():
         print(conclusion(name, result))
     source = args.data or "Shapes"
     what = "trained networks" if args.checkpoint else f"{args.model} at initialisation"
-    title = f"{what}, {n} tokens, {len(images)} images of {source}; "
+    counts = " or ".join(map(str, sorted(tokens)))
+    title = f"{what}, {counts} tokens, {len(images)} images of {source}; "
     title += f"median of {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
     draw(results, per_seed, args.out / "probe.png", title)
-    record = dict(arguments={k: str(v) for k, v in vars(args).items()}, seeds=seeds, tokens=n,
-                  torch=torch.__version__, medians=results, runs=per_seed)  # fmt: skip
+    arguments = {k: str(v) for k, v in vars(args).items()}
+    record = dict(arguments=arguments, seeds=seeds, tokens=sorted(tokens), torch=torch.__version__, medians=results, runs=per_seed)  # fmt: skip
     text = json.dumps(record).replace("Infinity", "1e999")  # which every JSON reader takes
     common.write_atomically(args.out / "probe.json", lambda p: p.write_text(text))
     print(f"\n{args.out}/probe.png, {args.out}/probe.json  ({time.time() - started:.0f} s)")
