@@ -1021,7 +1021,8 @@ def main() -> None:
     title += f"median of {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
     draw(results, per_seed, args.out / "probe.png", title)
     arguments = {k: str(v) for k, v in vars(args).items()}
-    record = dict(arguments=arguments, seeds=seeds, tokens=sorted(tokens), torch=torch.__version__, medians=results, runs=per_seed)  # fmt: skip
+    record = dict(arguments=arguments, seeds=seeds, tokens=sorted(tokens), torch=torch.__version__)
+    record |= dict(medians=results, runs=per_seed)
     text = json.dumps(record).replace("Infinity", "1e999")  # which every JSON reader takes
     common.write_atomically(args.out / "probe.json", lambda p: p.write_text(text))
     print(f"\n{args.out}/probe.png, {args.out}/probe.json  ({time.time() - started:.0f} s)")
