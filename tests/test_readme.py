@@ -110,7 +110,7 @@ def test_commands_name_real_flags(tmp_path):
     ]
     done = run_scripts({" ".join(words): words for words in helps}, tmp_path)
     known = "".join(run.stdout for run in done.values())
-    others = {"--nproc-per-node", "--steps"}  # torchrun's, a benchmark's
+    others = {"--nproc-per-node", "--dist", "--steps"}  # torchrun's, pytest's, a benchmark's
     assert not {flag for flag in shown - others if not re.search(rf"{flag}\b", known)}
 
 
