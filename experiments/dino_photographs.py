@@ -35,7 +35,7 @@ ARMS = {
     "skipless-depth-mean": "--skipless --init depth --position-std 1.0 --pool mean",
 }
 LEARNING_RATES = ["3e-4", "1e-3", "3e-3"]
-SEEDS = [0, 1]
+SEEDS = [0, 1, 2]
 CLASSES = 10
 BLOCKS = {"single-layer": ["12"], "multi-scale": ["3", "6", "9", "12"]}
 
@@ -63,7 +63,8 @@ def segment(logs: Path, camvid: Path, arm: str, seed: int, setting: str) -> None
 def cells(values: list[float]) -> str:
     if not values:
         return "-"
-    return f"{statistics.mean(values):.1f} ({min(values):.1f} .. {max(values):.1f})"
+    spread = f" ({min(values):.1f} .. {max(values):.1f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
 
 
 def table(logs: Path) -> None:
