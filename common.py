@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
@@ -448,6 +449,14 @@ def mean_over_processes(x: Tensor) -> Tensor:
     return x / dist.get_world_size()
 
 
+def in_processes(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network with gradients averaged over the processes, where there are several."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return network
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(network, device_ids=device_ids)
+
+
 class StopSignal:
     """Ctrl-C and SIGTERM as a flag that a training loop reads between two steps.
 
@@ -807,6 +816,20 @@ def make_loader(
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0 and batches.shuffle,  # those for validation would idle
         worker_init_fn=_start_worker,
+    )
+
+
+def epoch_bar(loader: DataLoader, batches: Batches, epochs: int) -> tqdm:
+    """The loader behind a progress bar of the epoch that `batches` is set to, on terminals only."""
+    return tqdm(
+        loader,
+        f"epoch {batches.epoch + 1}/{epochs}",
+        len(batches),
+        initial=batches.first,
+        unit_scale=batches.batch_size,
+        unit=" images",
+        disable=None if batches.rank == 0 else True,
+        leave=False,
     )
 
 

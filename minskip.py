@@ -19,6 +19,7 @@ Notation, as in the paper: tokens are rows, a projection is y = x W, so `nn.Line
 d = width, h = heads, d_h = d / h, n = tokens, L = depth.
 """
 
+import functools
 import math
 
 import torch
@@ -392,6 +393,7 @@ def centred_gelu(gain: float) -> tuple[float, float]:
     return mean.item(), (gain**2 * (weight * slope**2).sum() / variance).item()
 
 
+@functools.cache  # blocks alike need it once
 def depth_constants(width: int, heads: int, tokens: int, depth: int) -> tuple[float, float]:
     """s, the scale of W_Q and W_K, and g, fc1's gain, for `depth` blocks: the equations above."""
     delta = 1 - 1 / max(depth, 2)

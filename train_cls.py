@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
@@ -283,10 +282,7 @@ def main() -> None:
     say("flags   " + " ".join(f"{k}={v}" for k, v in sorted(stored_args.items())))
 
     network = torch.compile(model) if args.compile else model
-    if world > 1:
-        network = DistributedDataParallel(
-            network, device_ids=[device.index] if device.type == "cuda" else None
-        )
+    network = common.in_processes(network, device)
 
     def save(name: str, epoch: int, step: int) -> None:
         if main_process:
@@ -325,16 +321,7 @@ def main() -> None:
         model.train()
         train_batches.epoch, train_batches.first = epoch, first_step
         epoch_started = time.time()
-        bar = tqdm(
-            train_loader,
-            f"epoch {epoch + 1}/{args.epochs}",
-            steps_an_epoch,
-            initial=first_step,
-            unit_scale=args.batch_size,
-            unit=" images",
-            disable=None if main_process else True,
-            leave=False,
-        )
+        bar = common.epoch_bar(train_loader, train_batches, args.epochs)
         for step, (images, labels) in enumerate(bar, start=first_step):
             # for MixUp, CutMix and drop-path
             torch.manual_seed(common.mixed_seeds(1, common.STEP, args.seed, epoch, step, rank)[0])

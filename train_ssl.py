@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
@@ -475,10 +474,7 @@ def main() -> None:
     network, target_network = student, teacher
     if args.compile:
         network, target_network = torch.compile(student), torch.compile(teacher)
-    if world > 1:
-        network = DistributedDataParallel(
-            network, device_ids=[device.index] if device.type == "cuda" else None
-        )
+    network = common.in_processes(network, device)
 
     def save(epoch: int, step: int) -> None:
         if main_process:
@@ -532,16 +528,7 @@ def main() -> None:
         student.train()
         batches.epoch, batches.first = epoch, first_step
         epoch_started = time.time()
-        bar = tqdm(
-            loader,
-            f"epoch {epoch + 1}/{args.epochs}",
-            steps_an_epoch,
-            initial=first_step,
-            unit_scale=args.batch_size,
-            unit=" images",
-            disable=None if main_process else True,
-            leave=False,
-        )
+        bar = common.epoch_bar(loader, batches, args.epochs)
         for step, ((large, few), _) in enumerate(bar, start=first_step):
             now = scheduled(epoch * steps_an_epoch + step, steps, warmup_steps, args)
             # for drop-path
@@ -571,10 +558,7 @@ def main() -> None:
                 spread = spread.mean() * width**0.5
                 sums += torch.stack([loss.detach(), entropy, spread, norms.norm()])
                 batch_centre = teacher_logits.float().mean(dim=(0, 1))
-                if dist.is_initialized():
-                    dist.all_reduce(batch_centre)
-                    batch_centre /= world
-                centre.lerp_(batch_centre, 1 - CENTRE_MOMENTUM)
+                centre.lerp_(common.mean_over_processes(batch_centre), 1 - CENTRE_MOMENTUM)
 
             last = step + 1 == steps_an_epoch
             if last or (step + 1) % look_every == 0:

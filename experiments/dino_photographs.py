@@ -114,19 +114,18 @@ def main() -> None:
     if args.data is None or args.camvid is None:
         p.error("--data and --camvid are needed (or --table)")
     runs.make_folders(args.data, args.work, CLASSES)
-    logs = args.work / "runs"
-
-    def job(part: str, arm: str, lr: str, seed: int, name: str) -> tuple:
-        flags = ["--data", str(args.work / part), *SETTINGS, *ARMS[arm].split(), "--lr", lr]
-        epochs = TUNING_EPOCHS if part == "tune" else EPOCHS
-        out = logs / part / f"{arm}-{name}"
-        return "train_ssl.py", epochs, out, [*flags, "--seed", str(seed)]
-
-    tuning = [job("tune", arm, lr, 0, f"lr{lr}") for lr in LEARNING_RATES for arm in ARMS]
-    runs.train_all(tuning, args.jobs)
-    best = {arm: best_rate(logs, arm) for arm in ARMS}
-    final = [job("full", arm, best[arm], seed, f"seed{seed}") for seed in SEEDS for arm in ARMS]
-    runs.train_all(final, args.jobs)
+    epochs = dict(tune=TUNING_EPOCHS, full=EPOCHS)
+    logs = runs.tune_then_train(
+        "train_ssl.py",
+        args.work,
+        SETTINGS,
+        ARMS,
+        LEARNING_RATES,
+        SEEDS,
+        epochs,
+        best_rate,
+        args.jobs,
+    )
     for arm in ARMS:
         for seed in SEEDS:
             for setting in BLOCKS:

@@ -75,18 +75,18 @@ def main() -> None:
     if args.data is None:
         p.error("--data is needed (or --table)")
     runs.make_folders(args.data, args.work, CLASSES)
-    logs = args.work / "runs"
-
-    def job(part: str, arm: str, lr: str, seed: int, name: str) -> tuple:
-        flags = ["--data", str(args.work / part), *SETTINGS, *ARMS[arm].split(), "--lr", lr]
-        out = logs / part / f"{arm}-{name}"
-        return "train_cls.py", EPOCHS, out, [*flags, "--seed", str(seed)]
-
-    tuning = [job("tune", arm, lr, 0, f"lr{lr}") for lr in LEARNING_RATES for arm in ARMS]
-    runs.train_all(tuning, args.jobs)
-    best = {arm: best_rate(logs, arm) for arm in ARMS}
-    final = [job("full", arm, best[arm], seed, f"seed{seed}") for seed in SEEDS for arm in ARMS]
-    runs.train_all(final, args.jobs)
+    epochs = dict(tune=EPOCHS, full=EPOCHS)
+    logs = runs.tune_then_train(
+        "train_cls.py",
+        args.work,
+        SETTINGS,
+        ARMS,
+        LEARNING_RATES,
+        SEEDS,
+        epochs,
+        best_rate,
+        args.jobs,
+    )
     table(logs)
 
 

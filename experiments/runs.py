@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -64,3 +65,30 @@ def train_all(jobs: list[tuple[str, int, Path, list[str]]], at_a_time: int) -> N
     """`train` for each tuple of its arguments."""
     with ThreadPoolExecutor(at_a_time) as pool:
         list(pool.map(lambda job: train(*job), jobs))
+
+
+def tune_then_train(
+    script: str,
+    work: Path,
+    settings: list[str],
+    arms: dict[str, str],
+    rates: list[str],
+    seeds: list[int],
+    epochs: dict[str, int],
+    best_rate: Callable[[Path, str], str],
+    at_a_time: int,
+) -> Path:
+    """Every arm at every learning rate on work/tune, then at its best one with every seed on
+    work/full. epochs: for "tune" and "full". Returns the folder of the runs."""
+    logs = work / "runs"
+
+    def job(part: str, arm: str, lr: str, seed: int, name: str) -> tuple:
+        flags = ["--data", str(work / part), *settings, *arms[arm].split(), "--lr", lr]
+        out = logs / part / f"{arm}-{name}"
+        return script, epochs[part], out, [*flags, "--seed", str(seed)]
+
+    train_all([job("tune", arm, lr, 0, f"lr{lr}") for lr in rates for arm in arms], at_a_time)
+    best = {arm: best_rate(logs, arm) for arm in arms}
+    final = [job("full", arm, best[arm], seed, f"seed{seed}") for seed in seeds for arm in arms]
+    train_all(final, at_a_time)
+    return logs
