@@ -129,6 +129,12 @@ def trainer_flags(p: argparse.ArgumentParser, defaults: dict, constants: tuple[d
         **number,
     )
     add(
+        "--pool",
+        "what is read off the last block: the class token, or the mean over patch tokens, which "
+        "does not ask the blocks to gather an image in one token; mean with --init depth",
+        choices=["cls", "mean"],
+    )
+    add(
         "--position-std",
         "standard deviation of the position embedding at the start, 0.02 .. 1; 1 with --init depth",
         **number,
@@ -203,8 +209,8 @@ def settle_init(settings: dict, explicit: dict, constants: dict) -> dict:
     used = dict(conditioned=list(constants), depth=["c"], default=[])[settings["init"]]
     if useless := [f"--{name}" for name in constants if name in explicit and name not in used]:
         fail(f"{' and '.join(useless)} set the conditioned init; add --init conditioned")
-    if settings["init"] == "depth" and "position_std" not in explicit:
-        settings = settings | dict(position_std=1.0)  # which that scheme counts on
+    if settings["init"] == "depth":  # what that scheme counts on, unless told otherwise
+        settings = settings | dict(position_std=1.0, pool="mean") | explicit
     return {name: constants[name] for name in used} | settings
 
 
@@ -312,7 +318,7 @@ def initialise_(model: ViT, args: argparse.Namespace) -> None:
         conditioned_init_(model, c=args.c, scheme="depth")
 
 
-def build_vit(args: argparse.Namespace, num_classes: int, pool: str = "cls") -> ViT:
+def build_vit(args: argparse.Namespace, num_classes: int) -> ViT:
     """The network that the flags describe, initialised; sizes that do not fit end the program."""
     try:
         model = ViT(
@@ -321,7 +327,7 @@ def build_vit(args: argparse.Namespace, num_classes: int, pool: str = "cls") -> 
             num_classes,
             **PRESETS[args.model] | dict(depth=args.depth),
             residual=not args.skipless,
-            pool=pool,
+            pool=args.pool,
             position_std=args.position_std,
             drop_path=args.drop_path,
         )
@@ -759,7 +765,8 @@ class Seeded(Dataset):
             samples = (self.dataset[index] for index in indices)  # one decoded at a time
         out = []
         for (_, seed), (image, label) in zip(keys, samples):
-            torch.manual_seed(seed)
+            # not torch.manual_seed: it seeds every device too, a quarter of the time of an image
+            torch.default_generator.manual_seed(seed)
             out.append((self.transform(image), label))
         return out
 

@@ -884,6 +884,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--patch-size", type=int, help="side of a patch, pixels [8]")
     add("--position-std", type=float, help="std of the position embedding; larger keeps tokens "
         "apart longer [0.02, and 1 for +depth, which counts on it]")  # fmt: skip
+    add("--pool", choices=["cls", "mean"], help="class token, or mean over patch tokens [cls; mean "
+        "if one of the variants is +depth, which counts on it]")  # fmt: skip
     add("--data", help="folder with val/<class>/*: real images; left out: drawn ones")
     add("--images", type=int, default=4, help="images measured; numbers are means over them [4]")
     add("--checkpoint", nargs="+", metavar="CKPT", help="trained networks instead of --variants")
@@ -906,6 +908,7 @@ FRESH = dict(
     image_size=32,
     patch_size=8,
     position_std=None,
+    pool=None,
     seeds=5,
 )
 
@@ -971,11 +974,13 @@ def main() -> None:
         size, seeds = sizes.pop(), [0]
     else:
         size, seeds = args.image_size, list(range(args.seeds))
+        # one for all, so that the gradients of all compare
+        pool = args.pool or ("mean" if any("+depth" in v for v in args.variants) else "cls")
         for variant in args.variants:
             for depth in args.depths:
                 shape = dict(PRESETS[args.model], depth=depth, image_size=size,
                              patch_size=args.patch_size, num_classes=10,
-                             position_std=args.position_std)  # fmt: skip
+                             position_std=args.position_std, pool=pool)  # fmt: skip
                 name = variant if len(args.depths) == 1 else f"{variant}, L = {depth}"
                 build_variant(variant, **{**shape, "depth": 1})  # fails before any work is done
                 networks[name] = lambda seed, v=variant, s=shape: build_variant(v, **s)

@@ -359,49 +359,64 @@ def orthogonal_mlp_weight(
 # --------------------------------------------------------------------------------------------------
 # A second scheme, ours: constants that hold at every depth
 #
-# With the paper's constants an image's tokens are all alike after some eight blocks, for two
-# reasons. A GELU has a mean, the same for every token, which each MLP adds to all of them; and an
-# attention that leaves a token the share delta of itself shrinks the difference of two alike
-# tokens by delta. Both have a remedy at initialisation:
+# With the paper's constants an image's tokens are all alike after some eight blocks, and what is
+# left of an input's directions shrinks from block to block. Four causes, each with a remedy at
+# initialisation that needs width, heads, tokens and depth alone. r = hidden / d, the MLP ratio:
 #
-#   mean        m = E phi of a Gaussian pre-activation is known: fc2's bias -m W_2^T 1 removes it.
-#   shrinking   what is then left of the MLP *spreads* alike tokens: it multiplies their squared
-#               difference by chi(g) = g^2 E phi'^2 / Var phi, phi = GELU(g z), from 1 at g = 0 (a
-#               linear map) to 1.32 at g = 1. So fc1's gain g can balance attention's delta^2:
-#                                   chi(g) delta^2 = 1
-#   delta       = 1 - 1/L: over all L blocks a token is averaged with others about once, and its
-#               gradient grows about chi^L = e^2-fold (at most 8.5), at every depth from 8 blocks
-#               on. Below, even g = 1 spreads too little; so few blocks lose little.
+#   frames      GELU(g z) = g z / 2 + h(z), h even. The linear part of an MLP of independent W_1 and
+#               W_2 is W_1 W_2 / 2, whose singular values, cosines between two random d-dimensional
+#               subspaces of r d, reach down to 0: a product of many has lost all rank. With
+#               W_1 = g sqrt(r) F, W_2 = F^T (I - 1 1^T / d) and F F^T = I it is (g sqrt(r) / 2) I.
+#               Likewise W_O = W_V^T. The skip's identity, written into the weights.
+#   LayerNorm   removes a token's mean: one direction of d, but 2 L different ones if the sub-blocks
+#               rotate it. I - 1 1^T / d in W_2 keeps zero means zero, so it is lost once.
+#   mean        m = E GELU(g z), the same for every token, is added to all of them by each MLP:
+#               fc2's bias -m W_2^T 1 removes it.
+#   shrinking   an attention that leaves a token the share delta of itself shrinks the difference
+#               of two alike tokens by delta. The MLP spreads them: it multiplies their squared
+#               difference by chi(g) = (r g^2 / 4 + E h'^2) / (r g^2 / 4 + Var h), at r = 4 from 1
+#               at g = 0 to 1.10 at g = 1. So the gain can balance attention: chi(g) delta^2 = 1.
+#   delta       = 1 - 1/(2L): over all blocks a token is averaged with others half a time, and a
+#               squared gradient grows e-fold. From 11 blocks on a g <= 1 can balance it; fewer
+#               blocks keep g = 1 and lose a little.
 #   W_Q = W_K   = sqrt(s) R, R Haar orthogonal: with tokens of square norm d behind a LayerNorm
-#               and of correlation rho the logits are about s sqrt(d_h) on the diagonal, rho times
-#               that off it, so  s sqrt(d_h) (1 - rho) = log((n - 1) delta / (1 - delta)).
-#   rho         = 1/2: that of two equal patches where the position embedding is as large as the
-#               patch embedding. So it wants position_std = 1.
+#               and of correlation rho the mean logits are s sqrt(d_h) on the diagonal, rho times
+#               that off it, so  s sqrt(d_h) (1 - rho) = log((n - 1) delta / (1 - delta)). Logits
+#               off the diagonal also fluctuate, the more the narrower the heads, which takes some
+#               of the share: it comes out below delta.
+#   rho         = 0.65, a choice: two equal patches have 1/2 where the position embedding is as
+#               large as the patch embedding (position_std = 1, which this scheme wants); tokens
+#               much closer than rho merge, and a larger rho starts with attention saturated.
 # --------------------------------------------------------------------------------------------------
 
 
-def centred_gelu(gain: float) -> tuple[float, float]:
-    """m = E phi and chi = gain^2 E phi'^2 / Var phi, for phi = GELU(gain z) and z ~ N(0, 1)."""
+def centred_gelu(gain: float, mlp_ratio: float = 4.0) -> tuple[float, float]:
+    """m = E GELU(gain z) and chi of the equation above, z ~ N(0, 1), by quadrature."""
     z = torch.linspace(-8, 8, 4001, dtype=torch.float64)
     weight = torch.exp(-(z**2) / 2)
     weight /= weight.sum()
-    below = 0.5 * (1 + torch.erf(gain * z / math.sqrt(2)))
+    above_half = 0.5 * torch.erf(gain * z / math.sqrt(2))
     density = torch.exp(-((gain * z) ** 2) / 2) / math.sqrt(2 * math.pi)
-    phi, slope = gain * z * below, below + gain * z * density
-    mean = (weight * phi).sum()
-    variance = (weight * phi**2).sum() - mean**2
-    return mean.item(), (gain**2 * (weight * slope**2).sum() / variance).item()
+    h, slope = gain * z * above_half, gain * (above_half + gain * z * density)
+    mean = (weight * h).sum()
+    variance = (weight * h**2).sum() - mean**2
+    linear = mlp_ratio * gain**2 / 4
+    return mean.item(), ((linear + (weight * slope**2).sum()) / (linear + variance)).item()
 
 
 @functools.cache  # blocks alike need it once
-def depth_constants(width: int, heads: int, tokens: int, depth: int) -> tuple[float, float]:
+def depth_constants(
+    width: int, heads: int, tokens: int, depth: int, mlp_ratio: float = 4.0
+) -> tuple[float, float]:
     """s, the scale of W_Q and W_K, and g, fc1's gain, for `depth` blocks: the equations above."""
-    delta = 1 - 1 / max(depth, 2)
-    s = math.log((max(tokens, 2) - 1) * delta / (1 - delta)) / (math.sqrt(width / heads) * 0.5)
+    delta, rho = 1 - 1 / (2 * max(depth, 2)), 0.65
+    logit_gap = math.log((max(tokens, 2) - 1) * delta / (1 - delta))
+    s = logit_gap / (math.sqrt(width / heads) * (1 - rho))
     low, high = 1e-3, 1.0  # chi grows with the gain; where even g = 1 is too little it is kept
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (low, middle) if centred_gelu(middle)[1] * delta**2 > 1 else (middle, high)
+        balanced = centred_gelu(middle, mlp_ratio)[1] * delta**2 > 1
+        low, high = (low, middle) if balanced else (middle, high)
     return s, high
 
 
@@ -420,10 +435,10 @@ def conditioned_init_(
     (2, 0.6, 3) for ViT-B trained with labels, (1.8, 1, 3) for ViT-S trained by DINO. Embeddings,
     norms and head keep their init; biases in the blocks become zero.
 
-    scheme="depth": W_V, W_O and the MLP's directions as in the paper; the attention's scale, the
-    MLP's gain and fc2's bias from `depth_constants`, so that tokens stay apart however many
-    blocks there are. Ours, not the paper's; for models with position_std = 1. alpha and beta are
-    not used.
+    scheme="depth": the equations of the section above, so that tokens stay apart however many
+    blocks there are. Ours, not the paper's; for models with position_std = 1 and pool = "mean" (a
+    class token, whose position is all it has, would hardly attend to the image). alpha and beta
+    are not used.
 
     Args:
         model: a `ViT`, or any module with `.blocks` whose members have `attention.W_Q ... W_O`,
@@ -437,7 +452,8 @@ def conditioned_init_(
     Returns the model.
 
     Raises:
-        ValueError: negative or non-finite constants, c = 0, alpha = beta = 0, or another scheme.
+        ValueError: negative or non-finite constants, c = 0, alpha = beta = 0, another scheme, or
+            scheme="depth" with MLPs narrower than the tokens.
         TypeError: a model whose blocks do not look like ours.
     """
     for name, value in (("alpha", alpha), ("beta", beta), ("c", c)):
@@ -447,6 +463,9 @@ def conditioned_init_(
         raise ValueError("c and at least one of alpha and beta must be positive")
     if scheme not in ("paper", "depth"):
         raise ValueError(f'scheme must be "paper" or "depth", not {scheme!r}')
+    positions = getattr(model, "position_embedding", None)
+    if scheme == "depth" and positions is None:
+        raise TypeError('scheme "depth" reads the number of tokens from model.position_embedding')
     for block in getattr(model, "blocks", [None]):
         if not hasattr(getattr(block, "attention", None), "W_Q") or not hasattr(block, "mlp"):
             raise TypeError(
@@ -454,17 +473,27 @@ def conditioned_init_(
                 "value_output_projections, query_key_projections and orthogonal_mlp_weight"
             )
         attention, fc1, fc2 = block.attention, block.mlp.fc1, block.mlp.fc2
-        width, heads = attention.W_Q.in_features, attention.heads
-        gain = 1.0
+        width, heads, hidden = attention.W_Q.in_features, attention.heads, fc1.out_features
+        if scheme == "depth" and hidden < width:
+            raise ValueError(
+                f"the depth scheme needs an mlp_ratio of at least 1, not {hidden / width}"
+            )
         if scheme == "paper":
             W_Q, W_K = query_key_projections(width, heads, alpha, beta, generator=generator)
+            W_V, W_O = value_output_projections(width, c, generator=generator)
+            W_1 = orthogonal_mlp_weight(width, hidden, generator=generator)
+            W_2 = orthogonal_mlp_weight(hidden, width, generator=generator)
+            b_2 = torch.zeros(width)
         else:
-            tokens = model.position_embedding.shape[1]
-            s, gain = depth_constants(width, heads, tokens, len(model.blocks))
+            tokens, depth = positions.shape[1], len(model.blocks)
+            s, gain = depth_constants(width, heads, tokens, depth, hidden / width)
             W_Q = W_K = math.sqrt(s) * haar_orthogonal(width, width, generator=generator)
-        W_V, W_O = value_output_projections(width, c, generator=generator)
-        W_1 = gain * orthogonal_mlp_weight(width, fc1.out_features, generator=generator)
-        W_2 = orthogonal_mlp_weight(fc2.in_features, width, generator=generator)
+            W_V, _ = value_output_projections(width, c, generator=generator)
+            W_O = W_V.T
+            W_1 = orthogonal_mlp_weight(width, hidden, generator=generator)  # sqrt(r) F
+            W_2 = W_1.T * math.sqrt(width / hidden)
+            W_1, W_2 = gain * W_1, W_2 - W_2.mean(dim=1, keepdim=True)
+            b_2 = -centred_gelu(gain)[0] * W_2.sum(dim=0)
         for linear, W in (
             (attention.W_Q, W_Q),
             (attention.W_K, W_K),
@@ -475,7 +504,5 @@ def conditioned_init_(
         ):
             linear.weight.copy_(W.T)
             linear.bias.zero_()
-        if scheme == "depth":
-            mean, _ = centred_gelu(gain)
-            fc2.bias.copy_(-mean * W_2.sum(dim=0))
+        fc2.bias.copy_(b_2)
     return model

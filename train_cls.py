@@ -37,6 +37,7 @@ DEFAULTS = {
     "model":          ("nano", "base"),
     "image_size":     (32,     224),
     "patch_size":     (8,      16),
+    "pool":           ("cls",  "cls"),
     "position_std":   (0.5,    0.02),
     "epochs":         (4,      300),
     "warmup_epochs":  (0.5,    5),
@@ -110,6 +111,7 @@ def settle(given: argparse.Namespace, stored: dict | None) -> argparse.Namespace
     """
     if stored is not None:
         free = FREE_TO_CHANGE | (FREE_IN_EVAL if given.eval else set())
+        stored = {"pool": "cls"} | stored  # checkpoints from before --pool
         return common.stored_settings(given, stored, free)
     args = common.settled(given, DEFAULTS, CONDITIONED_INIT, LEARNING_RATE, DROP_PATH)
     common.check_ranges(

@@ -96,12 +96,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = common.trainer_flags(p, DEFAULTS, CONDITIONED_INIT)
     add("--data", "folder with train/<class>/* and, for k-NN, val/; left out: images are drawn")
-    add(
-        "--pool",
-        "feature that is trained and measured: the class token's, or the mean over patch tokens, "
-        "which does not ask the last blocks to mix them",
-        choices=["cls", "mean"],
-    )
     add("--local-crops", "crops of about 3/7 the size, beside two global ones; 0 .. 10", type=int)
     add(
         "--crop-split",
@@ -417,7 +411,7 @@ def main() -> None:
 
     # ---- student and teacher ---------------------------------------------------------------------
     torch.manual_seed(args.seed)
-    backbone = common.build_vit(args, num_classes=0, pool=args.pool)
+    backbone = common.build_vit(args, num_classes=0)
     width = backbone.config["width"]
     hidden, bottleneck = (2048, 256) if width >= 192 else (256, 64)
     student = Network(backbone, Head(width, hidden, bottleneck, args.prototypes)).to(device)

@@ -31,8 +31,7 @@ SETTINGS = (
 ARMS = {
     "residual": "--drop-path 0",
     "skipless-conditioned": "--skipless --alpha 1.8 --beta 1.0 --c 3.0",
-    "skipless-depth": "--skipless --init depth --position-std 1.0",
-    "skipless-depth-mean": "--skipless --init depth --position-std 1.0 --pool mean",
+    "skipless-depth": "--skipless --init depth --position-std 1.0 --pool mean",
 }
 LEARNING_RATES = ["3e-4", "1e-3", "3e-3"]
 SEEDS = [0, 1, 2]

@@ -1,4 +1,4 @@
-"""Real photographs on two CPU cores: five arms, each with its own learning rate, three seeds.
+"""Real photographs on two CPU cores: four arms, each with its own learning rate, three seeds.
 
     python experiments/photographs.py --data TINY --work runs/photographs
 
@@ -28,7 +28,6 @@ ARMS = {
     "skipless-default": "--skipless --init default",
     "skipless-published": "--skipless --alpha 2.0 --beta 0.6 --c 3.0",
     "skipless-conditioned": "--skipless --alpha 0.7 --beta 1.0 --c 3.0",
-    "skipless-depth": "--skipless --init depth --position-std 1.0",
 }
 LEARNING_RATES = ["3e-4", "1e-3", "3e-3"]
 SEEDS = [0, 1, 2]

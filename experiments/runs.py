@@ -1,6 +1,7 @@
 """What the experiments share: parts of an image folder, and runs that are made once and kept."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+DIVERGED = "diverged.txt"
 
 
 def link(source: Path, files: list[Path], target: Path) -> None:
@@ -39,7 +41,9 @@ def make_folders(data: Path, work: Path, first_classes: int) -> None:
 
 
 def last_row(out: Path, epochs: int) -> dict | None:
-    """The last epoch of a finished run, else None."""
+    """The last epoch of a finished run, else None; one that diverged is finished, at zero."""
+    if (out / DIVERGED).exists():
+        return dict(epoch=epochs, top1=0.0, knn=0.0, val_loss=math.inf)
     log = out / "log.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     return rows[-1] if rows and rows[-1]["epoch"] == epochs else None
@@ -56,9 +60,11 @@ def train(script: str, epochs: int, out: Path, flags: list[str]) -> None:
         command += ["--out", str(out), "--epochs", str(epochs), *flags]
     # One thread a run and as many runs as cores: small matrices use two cores badly.
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
-    if done.returncode:
+    if done.returncode == 1 and b"Usual causes: --lr" in done.stderr:  # its loss was not finite
+        (out / DIVERGED).write_bytes(done.stderr)
+    elif done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr.decode()}")
-    print(done.stdout.decode().splitlines()[-1], out, flush=True)
+    print(f"{out}: {(done.stdout or done.stderr).decode().splitlines()[-1]}", flush=True)
 
 
 def train_all(jobs: list[tuple[str, int, Path, list[str]]], at_a_time: int) -> None:

@@ -1,6 +1,7 @@
 """The model and its init, against formulas and against other people's implementations."""
 
 import math
+import statistics
 import time
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from common import draw_shapes, normalise
-from jacobian_probe import attention_statistics, gradient_norms, token_statistics
+from jacobian_probe import attention_matrices, gradient_norms, token_statistics
 from minskip import (
     MLP,
     PRESETS,
@@ -273,30 +274,89 @@ def test_the_mean_and_the_spread_of_a_gelu():
     for gain in (0.2, 0.5, 1.0):
         mean, _ = centred_gelu(gain)
         assert mean == pytest.approx(gain**2 / math.sqrt(2 * math.pi * (1 + gain**2)), rel=1e-6)
-    mean, chi = centred_gelu(1.0)
-    assert chi == pytest.approx(0.455851 / (0.425221 - mean**2), rel=1e-5)
+    mean, chi = centred_gelu(1.0)  # without the linear part z / 2, whose share is 1/4 in both
+    assert chi == pytest.approx((1 + 0.455851 - 0.25) / (1 + 0.425221 - 0.25 - mean**2), rel=1e-5)
     assert centred_gelu(1e-3)[1] == pytest.approx(1, abs=1e-5)  # as good as linear
 
 
-def test_a_centred_mlp_spreads_alike_tokens_as_much_as_attention_shrinks_them():
-    """chi delta^2 = 1, measured: squared differences of two alike tokens through one MLP."""
-    depth, width = 12, 512
-    _, gain = depth_constants(width, 8, 197, depth)
-    delta, (mean, chi) = 1 - 1 / depth, centred_gelu(gain)
+def depth_mlps(width: int, depth: int) -> list[MLP]:
+    torch.manual_seed(0)
+    model = ViT(8, 8, 0, width=width, depth=depth, heads=8, residual=False, pool="mean")
+    return [block.mlp for block in conditioned_init_(model, scheme="depth").blocks]
+
+
+def test_the_mlp_spreads_alike_tokens_as_much_as_attention_shrinks_them():
+    """chi delta^2 = 1, measured: squared differences of alike tokens, mean over blocks' MLPs."""
+    depth, width = 16, 256
+    _, gain = depth_constants(width, 8, 1, depth)
+    delta, (_, chi) = 1 - 1 / (2 * depth), centred_gelu(gain)
     assert chi * delta**2 == pytest.approx(1, abs=1e-6)
-    mlp = MLP(width, 4 * width)
+    x, step = torch.randn(2, 256, width, generator=seeded(2))
+    x, y = nn.functional.layer_norm(torch.stack([x, x + 0.01 * step]), (width,))
+    spread = []
     with torch.no_grad():
-        W_1 = gain * orthogonal_mlp_weight(width, 4 * width, generator=seeded(0))
+        for mlp in depth_mlps(width, depth):
+            u, v = mlp(x), mlp(y)
+            before, after = ((a - b).square().sum() / a.square().sum() for a, b in ((x, y), (u, v)))
+            spread.append((after / before).item())
+    assert statistics.mean(spread) == pytest.approx(chi, abs=0.005)
+    assert token_statistics(u[None])["correlation"] == pytest.approx(0, abs=0.02)  # no mean left
+
+
+def test_the_linear_part_of_the_mlp_is_the_identity_where_independent_frames_lose_rank():
+    """Singular values of W_1 W_2 / 2: g on zero-mean tokens; those of independent ones reach 0.
+
+    Those are cosines between two random d-dimensional subspaces of 4 d: between 0 and sqrt(3)/2.
+    """
+    width, depth = 128, 12
+    mlp = depth_mlps(width, depth)[0]
+    zero_mean = torch.eye(width) - 1 / width
+    _, gain = depth_constants(width, 8, 1, depth)
+    with torch.no_grad():
+        linear = mlp.fc1.weight.T @ mlp.fc2.weight.T / 2
+        assert torch.allclose(zero_mean @ linear, gain * zero_mean, atol=1e-5)
+        assert mlp(torch.randn(5, width)).mean(dim=1).abs().max() < 1e-5  # LayerNorm finds no mean
+        W_1 = orthogonal_mlp_weight(width, 4 * width, generator=seeded(0))
         W_2 = orthogonal_mlp_weight(4 * width, width, generator=seeded(1))
-        mlp.fc1.weight.copy_(W_1.T), mlp.fc2.weight.copy_(W_2.T)
-        mlp.fc1.bias.zero_(), mlp.fc2.bias.copy_(-mean * W_2.sum(0))
-        x, step = torch.randn(2, 64, width, generator=seeded(2))
-        x, y = nn.functional.layer_norm(torch.stack([x, x + 0.01 * step]), (width,))
-        before = (x - y).square().sum() / x.square().sum()
-        x, y = mlp(x), mlp(y)
-        after = (x - y).square().sum() / x.square().sum()
-    assert (after / before).item() == pytest.approx(chi, rel=0.02)
-    assert token_statistics(x[None])["correlation"] == pytest.approx(0, abs=0.02)  # no mean left
+        cosines = torch.linalg.svdvals(W_1 @ W_2 / 2)
+    assert cosines[0] == pytest.approx(math.sqrt(3) / 2, abs=0.02)
+    assert cosines[-1] < 0.02
+
+
+def test_the_depth_scheme_passes_zero_mean_tokens_on_unchanged():
+    """W_V W_O = c^2 I, and W_Q = W_K with singular values sqrt(s) that give the logit gap."""
+    width, heads, depth, c = 48, 3, 12, 2.0
+    torch.manual_seed(0)
+    model = ViT(16, 4, 0, width=width, depth=depth, heads=heads, residual=False, pool="mean")
+    attention = conditioned_init_(model, c=c, scheme="depth").blocks[3].attention
+    W_Q, W_K, W_V, W_O = (getattr(attention, f"W_{x}").weight.T for x in "QKVO")
+    assert torch.allclose(W_V @ W_O, c**2 * torch.eye(width), atol=1e-4)
+    assert torch.equal(W_Q, W_K)
+    s, _ = depth_constants(width, heads, 16, depth)
+    assert torch.allclose(W_Q.T @ W_Q, s * torch.eye(width), atol=1e-4)
+    delta = 1 - 1 / (2 * depth)
+    others = 15 * math.exp(-s * math.sqrt(width / heads) * (1 - 0.65))  # of one token's attention
+    assert 1 / (1 + others) == pytest.approx(delta)
+
+
+@pytest.mark.parametrize("mlp_ratio", [1, 2, 4])
+def test_the_mlp_balances_attention_at_other_ratios(mlp_ratio):
+    _, gain = depth_constants(64, 2, 17, 48, mlp_ratio)
+    assert centred_gelu(gain, mlp_ratio)[1] * (1 - 1 / 96) ** 2 == pytest.approx(1, abs=1e-6)
+
+
+def test_the_depth_scheme_refuses_what_it_does_not_fit():
+    with pytest.raises(ValueError, match=r"mlp_ratio of at least 1, not 0\.5"):
+        conditioned_init_(ViT(**TINY, mlp_ratio=0.5), scheme="depth")
+    with pytest.raises(TypeError, match="number of tokens"):
+        conditioned_init_(nn.Linear(2, 2), scheme="depth")
+
+
+@torch.no_grad()
+def own_share(block: Block, tokens: torch.Tensor) -> float:
+    """Mean attention of a token to itself, over images, heads and tokens."""
+    P = attention_matrices(block.attention, block.norm1(tokens))
+    return P.diagonal(dim1=-2, dim2=-1).mean().item()
 
 
 def depth_network(depth: int, width: int, heads: int, side: int, pool: str, scheme: str) -> ViT:
@@ -309,25 +369,24 @@ def depth_network(depth: int, width: int, heads: int, side: int, pool: str, sche
 @pytest.mark.parametrize(
     "depth, width, heads, side, pool",
     [(6, 96, 3, 4, "cls"), (12, 64, 2, 4, "cls"), (12, 192, 3, 14, "mean"), (24, 192, 3, 4, "mean"),
-     (96, 96, 3, 4, "cls"), (96, 96, 3, 6, "mean")],
+     (96, 96, 3, 4, "mean"), (6, 96, 3, 28, "mean")],
 )  # fmt: skip
 def test_the_depth_scheme_keeps_tokens_apart_at_any_depth(depth, width, heads, side, pool):
-    """Correlation at most .6 after the last block, where the paper's constants reach 1."""
-    images, labels, _ = draw_shapes([0, 1], 8 * side, "val")
+    """Correlation at most .5 after the last block, where the paper's constants reach 1."""
+    images, labels, _ = draw_shapes([0, 1, 2, 3], 8 * side, "val")
     images = normalise(images)
     model = depth_network(depth, width, heads, side, pool, "depth")
     tokens = model.forward_features(images, list(range(depth + 1)))
-    assert token_statistics(tokens[-1])["correlation"] < 0.6
-    shares = [attention_statistics(b, x)["own_share"] for b, x in zip(model.blocks, tokens)]
-    assert max(shares) < 0.999
-    if depth <= 24:
-        assert min(shares) > 0.15  # three times uniform attention and more
+    assert token_statistics(tokens[-1])["correlation"] < 0.5
+    shares = [own_share(block, x) for block, x in zip(model.blocks, tokens)]
+    # Below delta: logits fluctuate, and 784 tokens are many for heads of 32 numbers.
+    assert max(shares) < 0.999 and min(shares) > (0.3 if side < 28 else 0.1)
     norms = gradient_norms(model, tokens, labels)
     spread = {name: max(v) / min(v) for name, v in norms.items() if name != "tokens"}
-    limit = 30 if depth <= 24 else 100
-    assert all(spread[name] < limit for name in ("W_V", "W_O", "fc1", "fc2"))
-    if depth <= 12:
+    assert all(spread[name] < 30 for name in ("W_V", "W_O", "fc1", "fc2"))
+    if pool == "mean" and depth <= 24:  # not at one class token, nor deeper (README)
         assert spread["W_Q"] < 60 and spread["W_K"] < 60
+    if depth <= 12 and side < 28:
         paper = depth_network(depth, width, heads, side, pool, "paper")
         end = token_statistics(paper.forward_features(images, [depth])[0])
         assert end["correlation"] > (0.9 if depth == 6 else 0.999)

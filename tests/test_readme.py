@@ -103,7 +103,7 @@ def test_the_init_in_a_hugging_face_vit():
 def test_commands_name_real_flags(tmp_path):
     shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     scripts = "train_cls.py train_ssl.py jacobian_probe.py experiments/photographs.py"
-    scripts = [*scripts.split(), "experiments/dino_photographs.py"]
+    scripts = [*scripts.split(), "experiments/dino_photographs.py", "experiments/depths.py"]
     helps = [[script, "--help"] for script in scripts]
     helps += [
         ["eval_dense.py", command, "--help"] for command in ("segment", "discover", "picture")

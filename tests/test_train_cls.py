@@ -77,6 +77,27 @@ def test_every_optimizer_and_the_residual_network_run(finished, image_root):
         assert (folder / f"runs/cls-nano-residual-{opt}-seed0/last.pt").exists()
 
 
+@pytest.mark.parametrize(
+    "words, pool, position_std",
+    [
+        ("--skipless", "cls", 0.5),
+        ("--skipless --init depth", "mean", 1.0),
+        ("--skipless --init depth --pool cls --position-std 0.1", "cls", 0.1),
+    ],
+)
+def test_the_depth_init_brings_what_it_counts_on(words, pool, position_std, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_cls.py", *words.split()])
+    args = train_cls.settle(train_cls.parse_arguments(), None)
+    assert (args.pool, args.position_std) == (pool, position_std)
+
+
+def test_a_checkpoint_from_before_pooling_was_a_choice_has_a_class_token(finished, monkeypatch):
+    stored = load(finished[0] / "runs/a/last.pt")["args"]
+    del stored["pool"]
+    monkeypatch.setattr(sys, "argv", "train_cls.py --resume x --pool cls".split())
+    assert train_cls.settle(train_cls.parse_arguments(), stored).pool == "cls"
+
+
 def test_the_demo_draws_its_own_images(tmp_path):
     flags = "--skipless --depth 1 --image-size 16 --batch-size 2000 --epochs 1 --warmup-epochs 0"
     done = run_script("train_cls.py", *flags.split(), cwd=tmp_path)
