@@ -106,9 +106,10 @@ def trainer_flags(p: argparse.ArgumentParser, defaults: dict, constants: tuple[d
     add("--skipless", "train without skip connections", **switch)
     add(
         "--init",
-        "weights a skipless network starts from; conditioned: the paper's; depth: ours, keeps "
-        "tokens apart at any depth; default: the usual std 0.02, which lets it learn little or "
-        "nothing [conditioned with --skipless, default without]",
+        "weights a skipless network starts from; conditioned: the paper's, published for 12 "
+        "blocks; depth: ours, keeps tokens apart at any depth; default: the usual std 0.02, which "
+        "lets it learn little or nothing [--skipless: conditioned up to 12 blocks, depth beyond; "
+        "default without]",
         choices=INITS,
     )
     add(
@@ -231,10 +232,12 @@ def settled(
     settings = {name: values[folder] for name, values in defaults.items()} | explicit
     skipless = settings.setdefault("skipless", False)
     settings.setdefault("compile", False)
-    settings.setdefault("init", "conditioned" if skipless else "default")
+    settings.setdefault("depth", PRESETS[settings["model"]]["depth"])
+    # The paper's constants are published for 12 blocks; at 24 ours trained better (README).
+    scheme = "conditioned" if settings["depth"] <= 12 else "depth"
+    settings.setdefault("init", scheme if skipless else "default")
     settings.setdefault("drop_path", drop_path[skipless] if folder else 0.0)
     settings.setdefault("lr", learning_rate[settings["opt"]][folder][skipless])
-    settings.setdefault("depth", PRESETS[settings["model"]]["depth"])
     if settings["drop_path"] and skipless:
         fail("--drop-path needs skip connections: leave it out with --skipless")
     settings = settle_init(settings, explicit, constants[folder])

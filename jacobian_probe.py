@@ -599,6 +599,7 @@ def draw(results: dict[str, dict], per_seed: dict[str, list], path: Path, title:
             alpha=0.4 if pale else 1.0,
             lw=2.4 if pale else 1.6,
         )
+    same_depth = len({len(result["apjn"]) for result in results.values()}) == 1
     figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
     for ax, name in zip(axes.flat, names):
         for network, result in results.items():
@@ -616,8 +617,8 @@ def draw(results: dict[str, dict], per_seed: dict[str, list], path: Path, title:
                     color=look["color"],
                     alpha=0.2,
                 )
-            if name == "1 - token correlation" and not network.endswith(BEFORE):
-                # each line named where it ends
+            named = name == "1 - token correlation" and not network.endswith(BEFORE)
+            if named and same_depth:  # each line named where it ends
                 ax.annotate(
                     network,
                     (first + len(values) - 1, clipped[-1]),

@@ -45,6 +45,7 @@ ARMS = {
 SETTINGS = {  # in the order in which they are run
     "soap-12": "--opt soap --depth 12",
     "soap-24": "--opt soap --depth 24",
+    "soap-4": "--opt soap --depth 4",
     "adamw-12": "--opt adamw --depth 12",
     "muon-12": "--opt muon --depth 12",
 }

@@ -78,17 +78,21 @@ def test_every_optimizer_and_the_residual_network_run(finished, image_root):
 
 
 @pytest.mark.parametrize(
-    "words, pool, position_std",
+    "words, init, pool, position_std",
     [
-        ("--skipless", "cls", 0.5),
-        ("--skipless --init depth", "mean", 1.0),
-        ("--skipless --init depth --pool cls --position-std 0.1", "cls", 0.1),
+        ("", "default", "cls", 0.5),
+        ("--skipless", "conditioned", "cls", 0.5),
+        ("--skipless --depth 24", "depth", "mean", 1.0),
+        ("--skipless --model large --init conditioned", "conditioned", "cls", 0.5),
+        ("--skipless --init depth --pool cls --position-std 0.1", "depth", "cls", 0.1),
     ],
 )
-def test_the_depth_init_brings_what_it_counts_on(words, pool, position_std, monkeypatch):
+def test_the_init_goes_by_depth_and_brings_what_it_counts_on(
+    words, init, pool, position_std, monkeypatch
+):
     monkeypatch.setattr(sys, "argv", ["train_cls.py", *words.split()])
     args = train_cls.settle(train_cls.parse_arguments(), None)
-    assert (args.pool, args.position_std) == (pool, position_std)
+    assert (args.init, args.pool, args.position_std) == (init, pool, position_std)
 
 
 def test_a_checkpoint_from_before_pooling_was_a_choice_has_a_class_token(finished, monkeypatch):
