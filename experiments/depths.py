@@ -16,9 +16,7 @@ at the end is made from the logs alone, as is the picture of the learning curves
 makes both from kept logs without training.
 """
 
-import argparse
 import json
-import os
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
@@ -186,14 +184,10 @@ def picture(logs: Path, file: Path) -> None:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    p = runs.flags(__doc__, "runs/depths")
+    p.add_argument(
+        "--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="these alone [all]"
     )
-    p.add_argument("--data", type=Path, help="Tiny-ImageNet as an image folder")
-    p.add_argument("--work", type=Path, default=Path("runs/depths"), help="where runs go")
-    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time [cores]")
-    p.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="[all]")
-    p.add_argument("--table", type=Path, help="table and picture of these logs, then stop")
     args = p.parse_args()
     if args.table is None and args.data is None:
         p.error("--data is needed (or --table)")

@@ -12,9 +12,7 @@ It can be interrupted: what is finished is read from its logs, what is not is co
 at the end is made from the logs alone. `--table DIR` prints it from kept logs without training.
 """
 
-import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -99,14 +97,8 @@ def table(logs: Path) -> None:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("--data", type=Path, help="Tiny-ImageNet as an image folder")
+    p = runs.flags(__doc__, "runs/dino")
     p.add_argument("--camvid", type=Path, help="CamVid: {train,val,test}/{images,masks}")
-    p.add_argument("--work", type=Path, default=Path("runs/dino"), help="where runs go")
-    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time [cores]")
-    p.add_argument("--table", type=Path, help="print the tables of these logs and stop")
     args = p.parse_args()
     if args.table:
         return table(args.table)

@@ -11,8 +11,6 @@ It can be interrupted: what is finished is read from its log, what is not is con
 at the end is made from the logs alone. `--table DIR` prints it from kept logs without training.
 """
 
-import argparse
-import os
 import statistics
 from pathlib import Path
 
@@ -61,13 +59,7 @@ def table(logs: Path) -> None:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("--data", type=Path, help="Tiny-ImageNet as an image folder")
-    p.add_argument("--work", type=Path, default=Path("runs/photographs"), help="where runs go")
-    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time [cores]")
-    p.add_argument("--table", type=Path, help="print the table of these logs and stop")
+    p = runs.flags(__doc__, "runs/photographs")
     args = p.parse_args()
     if args.table:
         return table(args.table)

@@ -1,5 +1,6 @@
 """What the experiments share: parts of an image folder, and runs that are made once and kept."""
 
+import argparse
 import json
 import math
 import os
@@ -11,6 +12,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DIVERGED = "diverged.txt"
+
+
+def flags(description: str, work: str) -> argparse.ArgumentParser:
+    """The flags that every experiment has."""
+    p = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--data", type=Path, help="Tiny-ImageNet as an image folder")
+    p.add_argument("--work", type=Path, default=Path(work), help=f"where runs go [{work}]")
+    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time [cores]")
+    p.add_argument("--table", type=Path, help="what these logs say, without training")
+    return p
 
 
 def link(source: Path, files: list[Path], target: Path) -> None:
