@@ -28,6 +28,7 @@ SETTINGS = (
 ).split()
 ARMS = {
     "residual": "--drop-path 0",
+    "residual-mean": "--drop-path 0 --pool mean",
     "skipless-conditioned": "--skipless --alpha 1.8 --beta 1.0 --c 3.0",
     "skipless-depth": "--skipless --init depth --position-std 1.0 --pool mean",
 }
