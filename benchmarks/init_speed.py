@@ -1,45 +1,71 @@
-"""Seconds that conditioned_init_ takes, against the plain reading of its formula.
+"""Seconds that the paper's init takes: ours, one SVD a block, against an SVD a head.
 
     python benchmarks/init_speed.py
+    python benchmarks/init_speed.py --models base --repeats 9
 
-The plain reading draws a Z and takes a dense SVD for every head; it is timed on one block and
-multiplied by the depth. Both in one process, so the ratio holds whatever the machine does.
+Each is timed on one block, in turns, and multiplied by the depth. What counts is the median of the
+repeats; the ratio depends on the machine, its threads and what else it does.
 """
 
+import argparse
 import math
+import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
 
 import torch
 
-from minskip import PRESETS, ViT, conditioned_init_, orthogonal_mlp_weight, value_output_projections
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cli
+import minskip
+from minskip import PRESETS, ViT, conditioned_init_
 
 
-def plain_block(width: int, heads: int, alpha: float = 2.0, beta: float = 0.6) -> None:
-    """The weights of one block, head by head."""
-    d_h = width // heads
-    for _ in range(heads):
-        Z = torch.randn(width, width) / math.sqrt(width)
-        U, S, Vh = torch.linalg.svd(alpha * Z + beta * torch.eye(width))
-        U[:, :d_h] * S[:d_h].sqrt(), Vh[:d_h].T * S[:d_h].sqrt()
-    value_output_projections(width)
-    orthogonal_mlp_weight(width, 4 * width)
-    orthogonal_mlp_weight(4 * width, width)
+def an_svd_a_head(dim: int, num_heads: int, alpha: float = 2.0, beta: float = 0.6) -> list:
+    """The weights of one block, by the formula as it stands."""
+    d_h, weights = dim // num_heads, []
+    for _ in range(num_heads):
+        Z = torch.randn(dim, dim) / math.sqrt(dim)
+        U, S, V_T = torch.linalg.svd(alpha * Z + beta * torch.eye(dim))
+        weights += [U[:, :d_h] * S[:d_h].sqrt(), V_T.T[:, :d_h] * S[:d_h].sqrt()]
+    weights += minskip.value_output_projections(dim)
+    for sizes in ((dim, 4 * dim), (4 * dim, dim)):
+        weights.append(minskip.orthogonal_mlp_weight(*sizes))
+    return weights
 
 
-def seconds(function, *args) -> float:
-    started = time.perf_counter()
+def seconds(function: Callable, *args) -> float:
+    begun = time.perf_counter()
     function(*args)
-    return time.perf_counter() - started
+    return time.perf_counter() - begun
 
 
 def main() -> None:
-    torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    for name in ("small", "base", "large"):
-        shape = PRESETS[name]
-        ours = seconds(conditioned_init_, ViT(**shape, residual=False))
-        plain = seconds(plain_block, shape["width"], shape["heads"]) * shape["depth"]
-        print(f"{name:6s} {ours:6.2f} s, head by head {plain:6.2f} s, ratio {plain / ours:.1f}")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.error = cli.fail
+    sizes = ["small", "base", "large"]
+    p.add_argument("--models", nargs="+", choices=list(PRESETS), default=sizes, help="[S, B, L]")
+    p.add_argument("--repeats", type=cli.count, default=5, help="of each [5]")
+    args = p.parse_args()
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {args.repeats}"
+    )
+    for name in args.models:
+        dim, depth, heads = PRESETS[name].values()
+        block = ViT(dim=dim, depth=1, num_heads=heads, residual=False)
+        times = [
+            [depth * seconds(conditioned_init_, block), depth * seconds(an_svd_a_head, dim, heads)]
+            for _ in range(args.repeats)
+        ]
+        ours, plain = (median(x) for x in zip(*times))
+        ratios = sorted(b / a for a, b in times)
+        print(
+            f"{name:6s} ours {ours:6.2f} s, an SVD a head {plain:6.2f} s, "
+            f"ratio {median(ratios):.1f} ({ratios[0]:.1f} .. {ratios[-1]:.1f})"
+        )
 
 
 if __name__ == "__main__":

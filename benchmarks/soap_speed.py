@@ -1,55 +1,67 @@
-"""SOAP here against the SOAP of pytorch-optimizer, in one process: time a step, as a ratio.
+"""Time of an optimizer's step: SOAP here, pytorch-optimizer's SOAP, and AdamW as the floor.
 
     pip install -r requirements.txt -r requirements-dev.txt
     python benchmarks/soap_speed.py --model tiny
 
-Both take the same gradients for the blocks' matrices and vectors of a ViT; the two are timed in
-turns so that a slow moment of the machine hits both. Steps with and without a refresh of the
-eigenbases are mixed as in training (every tenth refreshes).
+All take the same gradients for the blocks of a ViT, in turns. What is timed is ten steps, of which
+one refreshes the eigenbases, as in training; the ratio is given with its quartiles over such tens.
 """
 
 import argparse
-import statistics
+import sys
 import time
+from pathlib import Path
+from statistics import median, quantiles
 
 import torch
-from pytorch_optimizer import SOAP as PeerSOAP
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cli
+from engine import start_processes
 from minskip import PRESETS, ViT
 from soap import SOAP
 
+try:
+    from pytorch_optimizer import SOAP as PeerSOAP
+except ImportError:
+    cli.fail("pytorch-optimizer is missing; pip install -r requirements-dev.txt")
+
 
 def main() -> None:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.error = cli.fail
     p.add_argument("--model", choices=list(PRESETS), default="nano", help="network [nano]")
-    p.add_argument("--steps", type=int, default=40, help="timed steps, a multiple of 10 [40]")
-    p.add_argument("--device", default="cpu", help="cpu or cuda [cpu]")
+    p.add_argument("--tens", type=cli.count, default=6, help="timed tens of steps, from 2 on [6]")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     args = p.parse_args()
+    if args.tens < 2:
+        cli.fail("--tens must be at least 2: quartiles are made of them")
+    device, _, _ = start_processes(args.device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
 
-    torch.manual_seed(0)
-    nets = [ViT(**PRESETS[args.model], num_classes=10).blocks.to(args.device) for _ in range(2)]
+    nets = [ViT(**PRESETS[args.model], num_classes=10).blocks.to(device) for _ in range(3)]
+    makers = (SOAP, PeerSOAP, torch.optim.AdamW)
+    optimizers = [make(net.parameters(), lr=1e-4) for make, net in zip(makers, nets)]
     gradients = [torch.randn_like(w) for w in nets[0].parameters()]
-    optimizers = [SOAP(nets[0].parameters(), lr=1e-4), PeerSOAP(nets[1].parameters(), lr=1e-4)]
-    seconds = ([], [])
-    for step in range(args.steps + 11):
-        for net, optimizer, times in zip(nets, optimizers, seconds):
+    sums = []  # a ten of steps -> ms a step, of each optimizer
+    for step in range(10 * (args.tens + 1)):
+        if step % 10 == 0:
+            sums.append([0.0, 0.0, 0.0])
+        for i, (net, optimizer) in enumerate(zip(nets, optimizers)):
             for w, g in zip(net.parameters(), gradients):
                 w.grad = g * (1 + step % 3)
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-            started = time.perf_counter()
+            wait()
+            begun = time.perf_counter()
             optimizer.step()
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-            if step > 10:  # the first steps build the factors and warm up
-                times.append(time.perf_counter() - started)
-    ours, peer = (1000 * statistics.mean(times) for times in seconds)
+            wait()
+            sums[-1][i] += 100 * (time.perf_counter() - begun)
+    ours, peer, adamw = zip(*sums[1:])  # the first ten build the factors
+    low, middle, high = quantiles([p / o for o, p in zip(ours, peer)], n=4)
     print(
-        f"{args.model} on {args.device}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}: minskip {ours:.1f} ms a step, pytorch-optimizer {peer:.1f} ms, "
-        f"ratio {peer / ours:.2f}"
+        f"{args.model} on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
+        f"ms a step: SOAP here {median(ours):.1f}, pytorch-optimizer's {median(peer):.1f}, AdamW "
+        f"{median(adamw):.1f}\npytorch-optimizer's / ours: {middle:.2f} ({low:.2f} .. {high:.2f})"
     )
 
 

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,19 +11,21 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from common import draw_shapes, one_line_errors
+import data
+import engine
+from cli import one_line_errors
+from shapes import draw_shapes
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(
-    1
-)  # on two cores a second thread costs these small matrices more than it gives
+torch.set_num_threads(1)  # a second thread costs these small matrices more than it gives
 
 # A network of two narrow blocks on 16 x 16 pixels: an epoch takes a fraction of a second.
 SMALL = "--model nano --depth 2 --image-size 16 --patch-size 8 --batch-size 12 --device cpu".split()
+SMALL += "--epochs 2 --warmup-epochs 1 --workers 0".split()
 
 
 def make_image_folder(root: Path, classes: int = 5) -> Path:
-    """ROOT/{train,val}/classN/*.png: 60 and 30 drawn images of 24 x 24 pixels."""
+    """ROOT/{train,val}/classN/*.png: 60 and 30 synthetic images of 24 x 24 pixels."""
     for split, count in (("train", 60), ("val", 30)):
         images, labels, _ = draw_shapes(list(range(count)), 24, split)
         for i, (image, label) in enumerate(zip(images, labels.tolist())):
@@ -40,6 +41,28 @@ def image_root(tmp_path_factory) -> Path:
     return make_image_folder(tmp_path_factory.mktemp("images"))
 
 
+@pytest.fixture
+def float64_sgd(monkeypatch):
+    """Scripts run in this process train in float64, by plain SGD in the optimizer's own groups.
+
+    Then a run can be compared with the same steps written out by hand: SGD's update shows a
+    gradient as it is, where Adam's shows little more than its sign.
+    """
+
+    def build(*args) -> torch.optim.Optimizer:
+        groups = real(*args).param_groups
+        keys = ("params", "lr", "weight_decay")
+        return torch.optim.SGD([{key: group[key] for key in keys} for group in groups])
+
+    real = engine.build_optimizer
+    monkeypatch.setattr(engine, "build_optimizer", build)
+    torch.set_default_dtype(torch.float64)
+    data.channel_statistics.cache_clear()
+    yield
+    torch.set_default_dtype(torch.float32)
+    data.channel_statistics.cache_clear()
+
+
 def script_environment() -> dict:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
 
@@ -53,39 +76,18 @@ def run_script(*args, cwd: Path, launcher=()) -> subprocess.CompletedProcess:
     )
 
 
-def run_interrupted(script: str, looks: int, words, cwd: Path) -> subprocess.CompletedProcess:
-    """A training script that finds itself asked to stop the looks-th time it looks.
-
-    As by SIGTERM, but at a place that does not depend on how fast the machine is.
-    """
-    code = f"""
-import signal, common, {script}
-looks = iter(range(1, 10**6))
-common.StopSignal.requested = lambda *_: signal.SIGTERM * (next(looks) == {looks})
-{script}.main()
-"""
-    command = [sys.executable, "-c", code, *map(str, words)]
-    return subprocess.run(
-        command, cwd=cwd, env=script_environment(), capture_output=True, text=True, timeout=200
-    )
-
-
-def run_scripts(commands: dict, cwd: Path) -> dict:
-    """`run_script` for each named list of words, two at a time: most of their time is importing."""
-    with ThreadPoolExecutor(2) as pool:
-        done = pool.map(lambda words: run_script(*words, cwd=cwd), commands.values())
-        return dict(zip(commands, done))
+def run_main(main, words, cwd: Path, monkeypatch) -> None:
+    """A script's `main()` in this process, to its end: importing torch anew takes seconds."""
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
+    with one_line_errors("-"):
+        main()
 
 
 def run_here(main, words, cwd: Path, monkeypatch, capsys) -> subprocess.CompletedProcess:
-    """A script's `main()` in this process: for commands that end before any work is done.
-
-    It saves the seconds that a new process spends importing.
-    """
-    monkeypatch.chdir(cwd)
-    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
-    with pytest.raises(SystemExit) as ended, one_line_errors("-"):
-        main()
+    """A script's `main()` in this process, for a command that ends the program before its end."""
+    with pytest.raises(SystemExit) as ended:
+        run_main(main, words, cwd, monkeypatch)
     out, err = capsys.readouterr()
     return subprocess.CompletedProcess(words, ended.value.code, out, err)
 

@@ -1,31 +1,26 @@
 """The model and its init, against formulas and against other people's implementations."""
 
+import inspect
 import math
-import statistics
-import time
 
 import pytest
 import torch
 from torch import nn
 
-from common import draw_shapes, normalise
-from jacobian_probe import attention_matrices, gradient_norms, token_statistics
 from minskip import (
     MLP,
     PRESETS,
     Attention,
     Block,
     ViT,
-    centred_gelu,
     conditioned_init_,
-    depth_constants,
-    haar_orthogonal,
     orthogonal_mlp_weight,
     query_key_projections,
     value_output_projections,
 )
+from shapes import draw_shapes
 
-TINY = dict(image_size=16, patch_size=8, num_classes=5, width=24, depth=3, heads=3)
+TINY = dict(image_size=16, patch_size=8, num_classes=5, dim=24, depth=3, num_heads=3)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -118,12 +113,6 @@ def test_mlp_weights_are_scale_corrected_orthogonal():
     assert torch.allclose(down.T @ down, torch.eye(48).double(), atol=1e-5)
 
 
-def test_haar_matrices_are_centred():
-    """Without the sign correction QR would favour one sign of the diagonal."""
-    Q = haar_orthogonal(4000, 3, 3, generator=seeded())
-    assert Q.mean(0).abs().max() < 4 / math.sqrt(3 * 4000)
-
-
 def test_init_is_deterministic_and_respects_dtype():
     a, b = ViT(**TINY, residual=False), ViT(**TINY, residual=False).to(torch.bfloat16)
     conditioned_init_(a, generator=seeded(7))
@@ -132,7 +121,15 @@ def test_init_is_deterministic_and_respects_dtype():
     assert wb.dtype == torch.bfloat16
     assert torch.equal(wa.bfloat16(), wb)
     assert not a.blocks[0].attention.W_Q.weight.equal(a.blocks[1].attention.W_Q.weight)
+    for linear in (m for m in a.blocks.modules() if isinstance(m, nn.Linear)):
+        nn.init.ones_(linear.bias)
+    conditioned_init_(a)
     assert all(m.bias.abs().max() == 0 for m in a.blocks.modules() if isinstance(m, nn.Linear))
+    mlp = a.blocks[2].mlp  # fc1 up, fc2 down, W_V and W_O not exchanged
+    assert torch.allclose(mlp.fc1.weight.T @ mlp.fc1.weight, 4 * torch.eye(24), atol=1e-4)
+    assert torch.allclose(mlp.fc2.weight @ mlp.fc2.weight.T, torch.eye(24), atol=1e-4)
+    product = a.blocks[2].attention.W_O.weight @ a.blocks[2].attention.W_V.weight
+    assert torch.allclose(torch.linalg.svdvals(product), torch.full((24,), 9.0), atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +249,7 @@ def test_default_init_loses_the_tokens_at_once_and_the_conditioned_one_later():
     after = {}
     for init in ("default", "conditioned"):
         torch.manual_seed(0)
-        model = ViT(32, 8, 10, **PRESETS["nano"], residual=False, position_std=0.5)
+        model = ViT(32, 8, 10, **PRESETS["nano"], residual=False, pos_embed_std=0.5)
         if init == "conditioned":
             conditioned_init_(model)
         with torch.no_grad():
@@ -266,148 +263,11 @@ def test_default_init_loses_the_tokens_at_once_and_the_conditioned_one_later():
 # ---- the model -----------------------------------------------------------------------------------
 
 
-# ---- the scheme that holds at every depth --------------------------------------------------------
-
-
-def test_the_mean_and_the_spread_of_a_gelu():
-    """E phi^2 = .425221, E phi'^2 = .455851 at g = 1; E phi = g^2 / sqrt(2 pi (1 + g^2))."""
-    for gain in (0.2, 0.5, 1.0):
-        mean, _ = centred_gelu(gain)
-        assert mean == pytest.approx(gain**2 / math.sqrt(2 * math.pi * (1 + gain**2)), rel=1e-6)
-    mean, chi = centred_gelu(1.0)  # without the linear part z / 2, whose share is 1/4 in both
-    assert chi == pytest.approx((1 + 0.455851 - 0.25) / (1 + 0.425221 - 0.25 - mean**2), rel=1e-5)
-    assert centred_gelu(1e-3)[1] == pytest.approx(1, abs=1e-5)  # as good as linear
-
-
-def depth_mlps(width: int, depth: int) -> list[MLP]:
-    torch.manual_seed(0)
-    model = ViT(8, 8, 0, width=width, depth=depth, heads=8, residual=False, pool="mean")
-    return [block.mlp for block in conditioned_init_(model, scheme="depth").blocks]
-
-
-def test_the_mlp_spreads_alike_tokens_as_much_as_attention_shrinks_them():
-    """chi delta^2 = 1, measured: squared differences of alike tokens, mean over blocks' MLPs."""
-    depth, width = 16, 256
-    _, gain = depth_constants(width, 8, 1, depth)
-    delta, (_, chi) = 1 - 1 / (2 * depth), centred_gelu(gain)
-    assert chi * delta**2 == pytest.approx(1, abs=1e-6)
-    x, step = torch.randn(2, 256, width, generator=seeded(2))
-    x, y = nn.functional.layer_norm(torch.stack([x, x + 0.01 * step]), (width,))
-    spread = []
-    with torch.no_grad():
-        for mlp in depth_mlps(width, depth):
-            u, v = mlp(x), mlp(y)
-            before, after = ((a - b).square().sum() / a.square().sum() for a, b in ((x, y), (u, v)))
-            spread.append((after / before).item())
-    assert statistics.mean(spread) == pytest.approx(chi, abs=0.005)
-    assert token_statistics(u[None])["correlation"] == pytest.approx(0, abs=0.02)  # no mean left
-
-
-def test_the_linear_part_of_the_mlp_is_the_identity_where_independent_frames_lose_rank():
-    """Singular values of W_1 W_2 / 2: g on zero-mean tokens; those of independent ones reach 0.
-
-    Those are cosines between two random d-dimensional subspaces of 4 d: between 0 and sqrt(3)/2.
-    """
-    width, depth = 128, 12
-    mlp = depth_mlps(width, depth)[0]
-    zero_mean = torch.eye(width) - 1 / width
-    _, gain = depth_constants(width, 8, 1, depth)
-    with torch.no_grad():
-        linear = mlp.fc1.weight.T @ mlp.fc2.weight.T / 2
-        assert torch.allclose(zero_mean @ linear, gain * zero_mean, atol=1e-5)
-        assert mlp(torch.randn(5, width)).mean(dim=1).abs().max() < 1e-5  # LayerNorm finds no mean
-        W_1 = orthogonal_mlp_weight(width, 4 * width, generator=seeded(0))
-        W_2 = orthogonal_mlp_weight(4 * width, width, generator=seeded(1))
-        cosines = torch.linalg.svdvals(W_1 @ W_2 / 2)
-    assert cosines[0] == pytest.approx(math.sqrt(3) / 2, abs=0.02)
-    assert cosines[-1] < 0.02
-
-
-def test_the_depth_scheme_passes_zero_mean_tokens_on_unchanged():
-    """W_V W_O = c^2 I, and W_Q = W_K with singular values sqrt(s) that give the logit gap."""
-    width, heads, depth, c = 48, 3, 12, 2.0
-    torch.manual_seed(0)
-    model = ViT(16, 4, 0, width=width, depth=depth, heads=heads, residual=False, pool="mean")
-    attention = conditioned_init_(model, c=c, scheme="depth").blocks[3].attention
-    W_Q, W_K, W_V, W_O = (getattr(attention, f"W_{x}").weight.T for x in "QKVO")
-    assert torch.allclose(W_V @ W_O, c**2 * torch.eye(width), atol=1e-4)
-    assert torch.equal(W_Q, W_K)
-    s, _ = depth_constants(width, heads, 16, depth)
-    assert torch.allclose(W_Q.T @ W_Q, s * torch.eye(width), atol=1e-4)
-    delta = 1 - 1 / (2 * depth)
-    others = 15 * math.exp(-s * math.sqrt(width / heads) * (1 - 0.65))  # of one token's attention
-    assert 1 / (1 + others) == pytest.approx(delta)
-
-
-@pytest.mark.parametrize("mlp_ratio", [1, 2, 4])
-def test_the_mlp_balances_attention_at_other_ratios(mlp_ratio):
-    _, gain = depth_constants(64, 2, 17, 48, mlp_ratio)
-    assert centred_gelu(gain, mlp_ratio)[1] * (1 - 1 / 96) ** 2 == pytest.approx(1, abs=1e-6)
-
-
-def test_the_depth_scheme_refuses_what_it_does_not_fit():
-    with pytest.raises(ValueError, match=r"mlp_ratio of at least 1, not 0\.5"):
-        conditioned_init_(ViT(**TINY, mlp_ratio=0.5), scheme="depth")
-    with pytest.raises(TypeError, match="number of tokens"):
-        conditioned_init_(nn.Linear(2, 2), scheme="depth")
-
-
-@torch.no_grad()
-def own_share(block: Block, tokens: torch.Tensor) -> float:
-    """Mean attention of a token to itself, over images, heads and tokens."""
-    P = attention_matrices(block.attention, block.norm1(tokens))
-    return P.diagonal(dim1=-2, dim2=-1).mean().item()
-
-
-def depth_network(depth: int, width: int, heads: int, side: int, pool: str, scheme: str) -> ViT:
-    torch.manual_seed(0)
-    model = ViT(8 * side, 8, 10, width=width, depth=depth, heads=heads, residual=False,
-                position_std=1.0, pool=pool)  # fmt: skip
-    return conditioned_init_(model, scheme=scheme)
-
-
-@pytest.mark.parametrize(
-    "depth, width, heads, side, pool",
-    [(6, 96, 3, 4, "cls"), (12, 64, 2, 4, "cls"), (12, 192, 3, 14, "mean"), (24, 192, 3, 4, "mean"),
-     (96, 96, 3, 4, "mean"), (6, 96, 3, 28, "mean")],
-)  # fmt: skip
-def test_the_depth_scheme_keeps_tokens_apart_at_any_depth(depth, width, heads, side, pool):
-    """Correlation at most .5 after the last block, where the paper's constants reach 1."""
-    images, labels, _ = draw_shapes([0, 1, 2, 3], 8 * side, "val")
-    images = normalise(images)
-    model = depth_network(depth, width, heads, side, pool, "depth")
-    tokens = model.forward_features(images, list(range(depth + 1)))
-    assert token_statistics(tokens[-1])["correlation"] < 0.5
-    shares = [own_share(block, x) for block, x in zip(model.blocks, tokens)]
-    # Below delta: logits fluctuate, and 784 tokens are many for heads of 32 numbers.
-    assert max(shares) < 0.999 and min(shares) > (0.3 if side < 28 else 0.1)
-    norms = gradient_norms(model, tokens, labels)
-    spread = {name: max(v) / min(v) for name, v in norms.items() if name != "tokens"}
-    assert all(spread[name] < 30 for name in ("W_V", "W_O", "fc1", "fc2"))
-    if pool == "mean" and depth <= 24:  # not at one class token, nor deeper (README)
-        assert spread["W_Q"] < 60 and spread["W_K"] < 60
-    if depth <= 12 and side < 28:
-        paper = depth_network(depth, width, heads, side, pool, "paper")
-        end = token_statistics(paper.forward_features(images, [depth])[0])
-        assert end["correlation"] > (0.9 if depth == 6 else 0.999)
-
-
-def test_init_refuses_a_scheme_it_does_not_know():
-    with pytest.raises(ValueError, match='must be "paper" or "depth"'):
-        conditioned_init_(ViT(**TINY), scheme="deep")
-
-
 @pytest.mark.parametrize("preset, name", [("tiny", "vit_tiny"), ("small", "vit_small")])
 def test_residual_vit_equals_timm(preset, name):
     timm = pytest.importorskip("timm")
     theirs = timm.create_model(f"{name}_patch16_224", pretrained=False).eval()
     ours = ViT(224, 16, 1000, **PRESETS[preset]).eval()
-    renamed = {
-        "cls_token": "class_token",
-        "pos_embed": "position_embedding",
-        "patch_embed.proj": "patch_embedding",
-        "attn.proj": "attention.W_O",
-    }
     weights = {}
     with torch.no_grad():
         for p in theirs.parameters():  # timm's zero biases and unit norms would hide mistakes
@@ -416,10 +276,9 @@ def test_residual_vit_equals_timm(preset, name):
         if ".attn.qkv." in name:
             for part, letter in zip(value.chunk(3), "QKV"):
                 weights[name.replace("attn.qkv", f"attention.W_{letter}")] = part
-            continue
-        for old, new in renamed.items():
-            name = name.replace(old, new)
-        weights[name] = value
+        else:
+            name = name.replace("patch_embed.proj", "patch_embed")
+            weights[name.replace("attn.proj", "attention.W_O")] = value
     ours.load_state_dict(weights)
     images = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
@@ -427,14 +286,33 @@ def test_residual_vit_equals_timm(preset, name):
 
 
 def test_the_skip_is_the_only_difference():
-    """residual = r gives r x + f(x) twice; 0 gives the bare sub-blocks."""
+    """With skips x + f(x), twice; without them f(x), of the very same sub-blocks."""
     torch.manual_seed(0)
     x = torch.randn(2, 4, 24)
-    for r in (0, 0.5, 1):
-        block = Block(24, 3, 4.0, residual=r)
-        y = r * x + block.attention(block.norm1(x))
-        y = r * y + block.mlp(block.norm2(y))
-        assert torch.allclose(block(x), y, atol=1e-6)
+    for skip in (0, 1):
+        block = Block(24, 3, 4.0, residual=bool(skip))
+        y = skip * x + block.attention(block.norm1(x))
+        y = skip * y + block.mlp(block.norm2(y))
+        assert torch.equal(block(x), y)
+
+
+def test_attention_written_out():
+    """Head by head in float64, from x W_Q, x W_K, x W_V, W_O; biases and all."""
+    torch.manual_seed(0)
+    attention = Attention(12, 3).double()
+    for p in attention.parameters():
+        nn.init.normal_(p)
+    x = torch.randn(1, 5, 12, dtype=torch.float64)
+    Q, K, V = (x[0] @ W.weight.T + W.bias for W in (attention.W_Q, attention.W_K, attention.W_V))
+    heads = []
+    for h in range(3):
+        q, k, v = (Y[:, 4 * h : 4 * h + 4] for Y in (Q, K, V))
+        P = (q @ k.T / 2).exp()  # sqrt(d_h) = 2
+        P = P / P.sum(dim=1, keepdim=True)
+        assert torch.allclose(attention.weights(x)[0, h], P, atol=1e-12)
+        heads.append(P @ v)
+    expected = torch.cat(heads, dim=1) @ attention.W_O.weight.T + attention.W_O.bias
+    assert torch.allclose(attention(x)[0], expected, atol=1e-12)
 
 
 def test_features_after_chosen_blocks():
@@ -443,7 +321,8 @@ def test_features_after_chosen_blocks():
     embedded, last, first = model.forward_features(images, [0, 3, 1])
     assert torch.equal(embedded, model.embed(images))
     assert torch.equal(model.blocks[0](embedded), first)
-    assert torch.equal(model.norm(last), model.forward_features(images))
+    assert torch.equal(model.classify(last), model(images))
+    assert torch.equal(model.head(model.norm(last)[:, 0]), model(images))
     with pytest.raises(ValueError, match=r"0\.\.3"):
         model.forward_features(images, [4])
 
@@ -451,20 +330,39 @@ def test_features_after_chosen_blocks():
 @pytest.mark.parametrize("pool, tokens", [("cls", 5), ("mean", 4)])
 def test_pooling_and_other_image_sizes(pool, tokens):
     model = ViT(**TINY, pool=pool)
-    assert model.forward_features(torch.randn(1, 3, 16, 16)).shape == (1, tokens, 24)
+    [last] = model.forward_features(torch.randn(1, 3, 16, 16), [3])
+    assert last.shape == (1, tokens, 24)
     wide = torch.randn(1, 3, 16, 40)
-    assert model.forward_features(wide).shape == (1, 10 + (pool == "cls"), 24)
-    assert model(wide).shape == (1, 5)
+    [last] = model.forward_features(wide, [3])
+    assert last.shape == (1, 10 + (pool == "cls"), 24)
+    if pool == "mean":
+        assert torch.allclose(model(wide), model.head(model.norm(last).mean(dim=1)))
 
 
-def test_position_embedding_is_resized_like_an_image():
-    model = ViT(32, 8, 5, width=24, depth=1, heads=3)
-    with torch.no_grad():  # a linear ramp stays a ramp under bicubic interpolation
-        ramp = torch.arange(4.0)[:, None].expand(4, 4).reshape(16, 1)
-        model.position_embedding[:, 1:] = ramp
-        resized = model.positions(8, 8)[0, 1:].reshape(8, 8, 24)
-    assert torch.allclose(resized[:, 0], resized[:, 7])
-    assert (resized[2:6, 0, 0].diff() - 0.5).abs().max() < 0.05
+def test_pos_embed_is_resized_like_dinos():
+    """Bicubic without antialiasing; the class token's stays; in bf16 too."""
+    model = ViT(32, 8, 5, dim=24, depth=1, num_heads=3, pos_embed_std=1.0)
+    resized = model.interpolate_pos_embed(6, 3)
+    assert torch.equal(resized[:, 0], model.pos_embed[:, 0])
+    grid = model.pos_embed[0, 1:].detach().reshape(4, 4, 24).permute(2, 0, 1)[None]
+    expected = nn.functional.interpolate(grid, (6, 3), mode="bicubic")[0]
+    assert torch.allclose(resized[0, 1:], expected.flatten(1).T, atol=1e-6)
+    assert torch.equal(model.interpolate_pos_embed(4, 4), model.pos_embed)
+    with torch.no_grad():
+        low = model.to(torch.bfloat16)(torch.randn(1, 3, 48, 24, dtype=torch.bfloat16))
+    assert low.dtype == torch.bfloat16 and low.isfinite().all()
+
+
+def test_the_default_init_has_the_standard_deviations_asked_for():
+    """Not 12 % less, as a truncation at two of them would give."""
+    model = ViT(64, 4, 500, dim=96, depth=1, num_heads=3, pos_embed_std=1.0)
+    assert model.pos_embed.std().item() == pytest.approx(1, rel=0.02)
+    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert model.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert model.patch_embed.weight.std().item() == pytest.approx(48**-0.5, rel=0.03)
+    assert model.cls_token.abs().max() < 1e-5
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+    assert all(b.abs().max() == 0 for b in biases)
 
 
 def test_drop_path_drops_whole_updates_and_only_in_training():
@@ -473,15 +371,25 @@ def test_drop_path_drops_whole_updates_and_only_in_training():
     x = torch.randn(8, 4, 24)
     assert torch.equal(block.train()(x), x)
     assert not torch.allclose(block.eval()(x), x)
+    blocks = ViT(**TINY, drop_path=0.3).blocks
+    rates = [getattr(block.drop_path, "p", 0) for block in blocks]
+    assert rates == pytest.approx([0, 0.15, 0.3])  # growing with depth
+    assert blocks[1].drop_path.mode == "row"  # an image at a time
+
+
+def test_a_network_is_built_again_from_its_config():
+    model = ViT(**TINY, pool="mean", residual=False, pos_embed_std=0.3)
+    assert model.config.keys() >= {"image_size", "dim", "residual", "pool", "in_channels"}
+    ViT(**model.config).load_state_dict(model.state_dict())
 
 
 @pytest.mark.parametrize(
     "bad, words",
     [
         (dict(image_size=17), "patch size must divide"),
-        (dict(heads=5), "heads must divide width"),
+        (dict(num_heads=5), "num_heads must divide dim"),
         (dict(pool="max"), "pool"),
-        (dict(residual=2.0), "residual"),
+        (dict(drop_path=1.0), "drop_path must lie"),
         (dict(residual=False, drop_path=0.1), "drop_path needs a skip"),
     ],
 )
@@ -492,10 +400,25 @@ def test_sizes_that_do_not_fit_are_refused(bad, words):
         ViT(**TINY)(torch.zeros(1, 3, 16, 20))
 
 
-def test_base_init_takes_seconds():
-    """No timed assertion; the figure is in the README. This only shows that the sizes work."""
-    model = ViT(**PRESETS["base"] | dict(depth=1), residual=False)
-    started = time.time()
-    conditioned_init_(model)
-    print(f"one block of ViT-B: {time.time() - started:.2f} s")
-    assert torch.linalg.svdvals(model.blocks[0].attention.W_V.weight).min() > 2.99
+# ---- copied elsewhere ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "function, arguments, shape",
+    [
+        (value_output_projections, (12, 2.0), (2, 12, 12)),
+        (query_key_projections, (12, 3), (2, 12, 12)),
+        (orthogonal_mlp_weight, (12, 48), (12, 48)),
+    ],
+)
+def test_each_function_works_when_copied_alone(function, arguments, shape):
+    """Its text and `import math, torch`, in an empty file."""
+    names = {}
+    exec("import math, torch\n\n" + inspect.getsource(function), names)
+    torch.manual_seed(0)
+    copied = names[function.__name__](*arguments)
+    torch.manual_seed(0)
+    ours = function(*arguments)
+    for a, b in zip(copied, ours):
+        assert torch.equal(a, b)
+    assert tuple(torch.stack(list(copied)).shape) == shape

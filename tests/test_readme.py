@@ -1,48 +1,182 @@
-"""The README's code is run, its commands name real flags."""
+"""What README and docstrings print is run: every command, every snippet; what they name exists."""
 
+import ast
 import copy
 import re
+import shlex
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_scripts
+from conftest import ROOT, SMALL, run_script, script_environment
+from PIL import Image
 from torch import nn
 
 from minskip import Block
+from soap import SOAP
 
 README = (ROOT / "README.md").read_text()
+PAGES = [README, (ROOT / "results/README.md").read_text()]
+FOLDERS = [ROOT, ROOT / "demos", ROOT / "experiments", ROOT / "benchmarks"]
+SCRIPTS = [path for folder in FOLDERS for path in sorted(folder.glob("*.py"))]
+
+# ---- commands ------------------------------------------------------------------------------------
+
+
+def printed_commands() -> list[str]:
+    """Lines of README's shell blocks, and the indented command lines of scripts' docstrings."""
+    lines = [
+        line for page in PAGES for block in re.findall(r"```sh\n(.*?)```", page, re.S)
+        for line in block.splitlines()
+    ]  # fmt: skip
+    for script in SCRIPTS:
+        docstring = ast.get_docstring(ast.parse(script.read_text())) or ""
+        lines += re.findall(r"^ {2,}((?:python|torchrun) .*?)(?:   .*)?$", docstring, re.M)
+    lines = [line.split("#")[0].strip() for line in lines]
+    lines = [line for line in lines if line and not line.startswith("git checkout")]
+    return list(dict.fromkeys(line.split("&& ")[-1] for line in lines))
+
+
+# What makes a command short. A flag given twice counts as given last.
+SHORT = {
+    "train_cls.py": "--model nano --depth 1 --image-size 16 --patch-size 8 --batch-size 20 "
+    "--epochs 1 --warmup-epochs 0 --grad-accum 1 --workers 0 --data {data} --out {out}",
+    "train_ssl.py": "--model nano --depth 1 --image-size 16 --patch-size 8 --batch-size 20 "
+    "--epochs 1 --warmup-epochs 0 --prototypes 16 --workers 0 --data {data} --out {out}",
+    "jacobian_probe.py": "--depths 2 --seeds 1 --images 2 --image-size 16 --patch-size 8 --model "
+    "nano --out {out}",
+    "eval_dense.py": "--image-size 24 --out {out}",
+    "gradient_flow.py": "--seeds 2 --out {out}",
+    "convergence.py": "--seeds 1 --out {out}",
+    "sweep.py": "--classes 2 --arms residual --depths 1 --opts adamw --rates 1e-3 --seeds 0 --epochs 1 "
+    "--tune-epochs 1 --work {out}",
+    "soap_speed.py": "--model nano --steps 10",
+    "init_speed.py": "--models nano --repeats 1",
+    "step_speed.py": "--models nano --steps 2 --batch-size 2",
+    "pytest": "--collect-only -q -p no:xdist tests/test_files.py",
+}
+
+
+@pytest.fixture(scope="module")
+def things(image_root, tmp_path_factory):
+    """What the placeholders in printed commands stand for."""
+    folder = tmp_path_factory.mktemp("things")
+    rng = np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        for kind in ("images", "masks"):
+            (folder / "scenes" / split / kind).mkdir(parents=True)
+        for i in range(3):
+            mask = rng.choice([0, 1, 11], (24, 32)).astype(np.uint8)
+            pixels = rng.integers(0, 255, (24, 32, 3)).astype(np.uint8)
+            Image.fromarray(mask).save(folder / "scenes" / split / "masks" / f"{i}.png")
+            Image.fromarray(pixels).save(folder / "scenes" / split / "images" / f"{i}.png")
+    Image.fromarray(pixels).save(folder / "street.png")
+    for run in ("a", "b"):
+        words = ["--data", image_root, *SMALL, "--depth", "12", "--epochs", "1"]
+        words += ["--warmup-epochs", "0", "--out", folder / run]
+        assert run_script("train_cls.py", *words, cwd=folder).returncode == 0
+    return {
+        r"RUN/last\.pt": folder / "a/last.pt",
+        r"OTHER/last\.pt": folder / "b/last.pt",
+        r"(/imagenet|DATA|TINY)\b": image_root,
+        r"(CAMVID|ROOT)\b": folder / "scenes",
+        r"\w+\.(png|jpg)\b": folder / "street.png",
+    }
+
+
+def shortened(command: str, things: dict, image_root, out) -> list[str]:
+    for placeholder, value in things.items():
+        command = re.sub(rf"(?<=[ =]){placeholder}", str(value), command)
+    words = shlex.split(command)
+    if words[0] == "torchrun":
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        words = ["python", *launcher, *[w for w in words[1:] if "--n" not in w and w != "--compile"]]
+    words[0] = sys.executable
+    name = next(w for w in words if w.endswith(".py") or w == "pytest")
+    short = SHORT[name.split("/")[-1]].format(data=image_root, out=out).split()
+    if "--resume" in words or "--eval" in words:
+        short = []
+    elif "--checkpoint" in words:  # which brings its own settings
+        short = ["--images", "2", "--out", str(out)]
+    elif {"--explain", "--help", "--table"} & set(words):
+        short = []
+    elif name.endswith("eval_dense.py") and "segment" in words:
+        short += ["--epochs", "1"]
+    if "--" in words:  # flags for the trainer stay behind
+        at = words.index("--")
+        tail = words[at:] + "--model nano --image-size 16 --patch-size 8 --batch-size 12".split()
+        return words[:at] + short + tail + "--warmup-epochs 0 --workers 0".split()
+    return words + short
+
+
+@pytest.mark.parametrize("command", printed_commands())
+def test_printed_commands_run_from_the_root(command, things, image_root, tmp_path):
+    words = shortened(command, things, image_root, tmp_path / "out")
+    done = subprocess.run(
+        words, cwd=ROOT, env=script_environment(), capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, f"{words}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
+    assert max(map(len, done.stdout.splitlines()), default=0) <= 400
+
+
+def test_every_file_named_in_the_pages_exists():
+    for page, folder in zip(PAGES, (ROOT, ROOT / "results")):
+        for name in re.findall(r"`((?:\w+/)*\w+\.(?:py|txt|png|md))`", page):
+            if name not in ("curves.png",):
+                assert (ROOT / name).exists(), name
+        for name in re.findall(r"\]\(((?!http|#)[^)#]+)", page):
+            assert (folder / name).exists(), name
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200
+
+
+# ---- the snippet ---------------------------------------------------------------------------------
+
 WIDTH, HEADS, DEPTH = 48, 3, 2
 
 
 def snippet() -> dict:
     """Names defined by the README's block of Python on copying the init."""
-    block = next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "def fill_" in b)
+    [block] = re.findall(r"```python\n(.*?)```", README, re.S)
     names = {}
     exec(block, names)
     return names
 
 
-def as_our_block(eps, qkv, qkv_bias, out, fc1, fc2) -> Block:
+def as_our_block(theirs) -> Block:
+    """A `minskip.Block` with the weights of timm's."""
     block = Block(WIDTH, HEADS, 4.0, residual=False).eval()
-    block.norm1.eps = block.norm2.eps = eps
-    a = block.attention
+    a, b = block.attention, theirs.attn
     with torch.no_grad():
-        for ours, W, b in zip((a.W_Q, a.W_K, a.W_V), qkv, qkv_bias):
+        for ours, W, bias in zip((a.W_Q, a.W_K, a.W_V), b.qkv.weight.chunk(3), b.qkv.bias.chunk(3)):
             ours.weight.copy_(W)
-            ours.bias.copy_(b)
-        for ours, theirs in ((a.W_O, out), (block.mlp.fc1, fc1), (block.mlp.fc2, fc2)):
-            ours.weight.copy_(theirs.weight)
-            ours.bias.copy_(theirs.bias)
+            ours.bias.copy_(bias)
+        a.W_O.load_state_dict(b.proj.state_dict())
+        block.mlp.fc1.load_state_dict(theirs.mlp.fc1.state_dict())
+        block.mlp.fc2.load_state_dict(theirs.mlp.fc2.state_dict())
     return block
 
 
-def check(theirs: nn.Module, ours: Block) -> None:
-    """The weights are conditioned, the skip is gone, and their block computes what ours does."""
+def test_the_snippet_makes_a_timm_vit_skipless():
+    """The weights are conditioned, the skip is gone, their block computes what ours does; and it
+    trains."""
+    timm = pytest.importorskip("timm")
+    vit = timm.models.VisionTransformer(
+        img_size=32, patch_size=16, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, num_classes=5
+    )
+    snippet()["skipless_timm_"](vit)
+    theirs = vit.eval().blocks[1]
+    ours = as_our_block(theirs)
     product = ours.attention.W_O.weight @ ours.attention.W_V.weight
-    singular = torch.linalg.svdvals(product)
-    assert torch.allclose(singular, torch.full_like(singular, 9.0), rtol=1e-4)
+    assert torch.allclose(torch.linalg.svdvals(product), torch.full((WIDTH,), 9.0), rtol=1e-4)
     up = ours.mlp.fc1.weight
     assert torch.allclose(up.T @ up, 4 * torch.eye(WIDTH), atol=1e-4)
+    q, k = (W.weight.T[:, :16] for W in (ours.attention.W_Q, ours.attention.W_K))
+    assert (q @ k.T).diagonal().mean() > 0.1  # beta I is in it
     x = torch.randn(2, 7, WIDTH)
     twin = copy.deepcopy(theirs)  # as an averaged model or a teacher is made
     with torch.no_grad():
@@ -50,73 +184,12 @@ def check(theirs: nn.Module, ours: Block) -> None:
         for p in twin.parameters():
             p.zero_()
         assert twin(x).abs().max() == 0
-
-
-def test_the_init_in_a_timm_vit():
-    timm = pytest.importorskip("timm")
-    vit = timm.models.VisionTransformer(
-        img_size=32, patch_size=16, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, num_classes=5
-    ).eval()
-    snippet()["skipless_timm_"](vit)
-    b = vit.blocks[1]
-    a, m = b.attn, b.mlp
-    check(b, as_our_block(
-        1e-6, a.qkv.weight.chunk(3), a.qkv.bias.chunk(3), a.proj, m.fc1, m.fc2
-    ))  # fmt: skip
-    assert vit(torch.randn(2, 3, 32, 32)).isfinite().all()
-
-
-def test_the_init_in_a_torchvision_vit():
-    from torchvision.models import VisionTransformer
-
-    vit = VisionTransformer(32, 16, DEPTH, HEADS, WIDTH, 4 * WIDTH, num_classes=5).eval()
-    snippet()["skipless_torchvision_"](vit)
-    b = vit.encoder.layers[1]
-    a = b.self_attention
-    check(b, as_our_block(
-        1e-6, a.in_proj_weight.chunk(3), a.in_proj_bias.chunk(3), a.out_proj, b.mlp[0], b.mlp[3]
-    ))  # fmt: skip
-    assert vit(torch.randn(2, 3, 32, 32)).isfinite().all()
-
-
-def test_the_init_in_a_hugging_face_vit():
-    transformers = pytest.importorskip("transformers")
-    vit = transformers.ViTModel(
-        transformers.ViTConfig(
-            hidden_size=WIDTH,
-            num_hidden_layers=DEPTH,
-            num_attention_heads=HEADS,
-            intermediate_size=4 * WIDTH,
-            image_size=32,
-        )
-    ).eval()
-    snippet()["skipless_hugging_face_"](vit)
-    b = vit.layers[1]
-    a = b.attention
-    qkv = (a.q_proj, a.k_proj, a.v_proj)
-    check(b, as_our_block(
-        1e-12, [w.weight for w in qkv], [w.bias for w in qkv], a.o_proj, b.mlp.fc1, b.mlp.fc2
-    ))  # fmt: skip
-    assert vit(torch.randn(2, 3, 32, 32)).last_hidden_state.isfinite().all()
-
-
-def test_commands_name_real_flags(tmp_path):
-    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
-    scripts = "train_cls.py train_ssl.py jacobian_probe.py experiments/photographs.py"
-    scripts = [*scripts.split(), "experiments/dino_photographs.py", "experiments/depths.py"]
-    helps = [[script, "--help"] for script in scripts]
-    helps += [
-        ["eval_dense.py", command, "--help"] for command in ("segment", "discover", "picture")
-    ]
-    done = run_scripts({" ".join(words): words for words in helps}, tmp_path)
-    known = "".join(run.stdout for run in done.values())
-    others = {"--nproc-per-node", "--dist", "--steps"}  # torchrun's, pytest's, a benchmark's
-    assert not {flag for flag in shown - others if not re.search(rf"{flag}\b", known)}
-
-
-def test_every_file_named_in_the_readme_exists():
-    for name in re.findall(r"`((?:\w+/)*\w+\.(?:py|txt|png|jsonl|md))`", README):
-        if name not in ("log.jsonl", "curves.png"):
-            assert (ROOT / name).exists(), name
-    for name in re.findall(r"\]\(((?!http|#)[^)]+)\)", README):
-        assert (ROOT / name).exists(), name
+    optimizer = SOAP(vit.parameters(), lr=1e-3)
+    images, labels, losses = torch.randn(5, 3, 32, 32), torch.arange(5), []
+    for _ in range(20):
+        loss = nn.functional.cross_entropy(vit(images), labels)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]

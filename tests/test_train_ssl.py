@@ -1,12 +1,14 @@
-"""DINO: its loss, its crops, its teacher, its k-NN; and the script run as a user runs it."""
+"""DINO: its loss, its crops, its steps against the same steps by hand; run as a user runs it."""
 
 import argparse
 import copy
 import json
 import math
+import os
 import re
 import shutil
 import signal
+import sys
 
 import pytest
 import torch
@@ -16,23 +18,27 @@ from conftest import (
     assert_fails_in_one_line,
     make_image_folder,
     run_here,
-    run_interrupted,
+    run_main,
     run_script,
-    run_scripts,
 )
 from PIL import Image
+from torchvision.transforms import v2
 
-import common
+import data
+import engine
+import files
+import knn
 import train_ssl
-from minskip import ViT
-from train_ssl import Head, MultiCrop, Network, dino_loss, knn_classify, scheduled, teacher_targets
+from minskip import PRESETS, ViT
+from shapes import Shapes
+from train_ssl import MultiCrop, Network, dino_loss, scheduled, teacher_targets
 
-RUN = [*SMALL, "--epochs", "2", "--warmup-epochs", "1", "--workers", "0", "--prototypes", "32"]
+RUN = [*SMALL, "--prototypes", "32"]
 
 
 def small_network() -> Network:
     torch.manual_seed(0)
-    return Network(ViT(16, 8, 0, width=16, depth=2, heads=2), Head(16, 32, 8, prototypes=12))
+    return Network(ViT(16, 8, 0, dim=16, depth=2, num_heads=2), prototypes=12)
 
 
 def load(path) -> dict:
@@ -86,7 +92,8 @@ def test_crops_of_one_size_share_a_pass_and_keep_their_order():
     assert torch.allclose(logits[6, 1], alone[1][0], atol=1e-5)
 
 
-def test_prototypes_count_by_their_direction_alone():
+def test_the_head_is_dinos():
+    """Cosines with prototypes that count by direction alone; widths and start as published."""
     network = small_network()
     x = torch.randn(4, 16)
     before = network.head(x)
@@ -94,57 +101,249 @@ def test_prototypes_count_by_their_direction_alone():
         network.head.prototypes *= torch.rand(12, 1) + 0.5
     assert torch.allclose(network.head(x), before, atol=1e-6)
     assert before.abs().max() <= 1 + 1e-5  # cosines
+    head = Network(ViT(16, 8, 0, dim=192, depth=1, num_heads=2), prototypes=512).head
+    assert [layer.out_features for layer in head.mlp[::2]] == [2048, 2048, 256]
+    assert head.prototypes.std().item() == pytest.approx(0.02, rel=0.02)
+    assert head.mlp[2].weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert head.mlp[2].bias.abs().max() == 0
+    x = y = torch.randn(2, 192)
+    for layer in head.mlp[:4:2]:
+        y = F.gelu(layer(y))
+    y = head.mlp[4](y)
+    P = head.prototypes
+    cosines = (y / y.norm(dim=1, keepdim=True)) @ (P / P.norm(dim=1, keepdim=True)).T
+    assert torch.allclose(head(x), cosines, atol=1e-5)
 
 
-def test_multi_crop_sizes_and_the_224_recipe():
+def recipe_of(crop: v2.Compose) -> dict:
+    """What DINO's augmentation is made of, read off a composed transform."""
+    parts = {type(t).__name__: t for t in crop.transforms if not isinstance(t, v2.RandomApply)}
+    applied = {
+        type(t.transforms[0]).__name__: (t.p, t.transforms[0])
+        for t in crop.transforms
+        if isinstance(t, v2.RandomApply)
+    }
+    jitter_p, jitter = applied["ColorJitter"]
+    return dict(
+        scale=tuple(parts["RandomResizedCrop"].scale),
+        bicubic=parts["RandomResizedCrop"].interpolation == v2.InterpolationMode.BICUBIC,
+        flip=parts["RandomHorizontalFlip"].p,
+        jitter=(jitter_p, *(round(x[1] - 1, 6) for x in (jitter.brightness, jitter.contrast)),
+                round(jitter.saturation[1] - 1, 6), jitter.hue[1]),
+        grey=parts["RandomGrayscale"].p,
+        blur=applied["Lambda"][0] if "Lambda" in applied else None,
+        solarize=(parts["RandomSolarize"].p, parts["RandomSolarize"].threshold),
+    )  # fmt: skip
+
+
+def test_the_augmentation_is_dinos_for_vit_s():
+    """Global crops of .25 .. 1, local ones of .05 .. .25; blur 1 / .1 / .5; solarize the second."""
+    crops = MultiCrop(224, 96, 8, 0.25, drawn=False)
+    common = dict(bicubic=True, flip=0.5, jitter=(0.8, 0.4, 0.4, 0.2, 0.1), grey=0.2)
+    assert recipe_of(crops.first) == common | dict(scale=(0.25, 1), blur=1.0, solarize=(0, 128))
+    assert recipe_of(crops.second) == common | dict(scale=(0.25, 1), blur=0.1, solarize=(0.2, 128))
+    assert recipe_of(crops.local) == common | dict(scale=(0.05, 0.25), blur=0.5, solarize=(0, 128))
     assert train_ssl.local_size(224, 16) == 96
-    large, few = MultiCrop(32, 16, local_crops=3, split=0.5, drawn=False)(
-        Image.new("RGB", (40, 30))
-    )
+    drawn = MultiCrop(32, 16, 4, 0.5, drawn=True)
+    assert recipe_of(drawn.local)["blur"] is None and recipe_of(drawn.local)["jitter"][-1] == 0.5
+    assert isinstance(drawn.first.transforms[0], v2.RandomRotation)
+    image = Image.effect_noise((200, 200), 80).convert("RGB")
+    torch.manual_seed(0)
+    assert blur_strength(image, train_ssl.blurred(image)) > 2
+
+
+def blur_strength(before: Image.Image, after: Image.Image) -> float:
+    spread = [v2.functional.pil_to_tensor(image).float().std().item() for image in (before, after)]
+    return spread[0] / spread[1]
+
+
+def test_crops_have_their_sizes_and_their_own_transform():
+    crops = MultiCrop(32, 16, local_crops=3, split=0.5, drawn=False)
+    large, few = crops(Image.new("RGB", (40, 30)))
     assert large.shape == (2, 3, 32, 32) and few.shape == (3, 3, 16, 16)
     assert large.dtype == few.dtype == torch.uint8
-    large, few = MultiCrop(32, 16, local_crops=0, split=0.5, drawn=True)(
-        torch.zeros(3, 32, 32).byte()
+    crops.first, crops.second, crops.local = (
+        lambda image, value=value, side=side: torch.full((3, side, side), value).byte()
+        for value, side in ((1, 32), (2, 32), (3, 16))
     )
+    large, few = crops(Image.new("RGB", (40, 30)))
+    assert large[0].unique().tolist() == [1] and large[1].unique().tolist() == [2]
+    assert few.unique().tolist() == [3]
+    large, few = MultiCrop(32, 16, 0, 0.5, drawn=True)(torch.zeros(3, 32, 32).byte())
     assert few.shape == (0, 3, 16, 16)
 
 
 def test_crops_are_made_of_their_seed():
-    data = common.Seeded(common.Shapes("train", 4), MultiCrop(32, 16, 2, 0.5, drawn=True))
-    (first, _), (again, _), (other, _) = (data.__getitems__([(1, seed)])[0] for seed in (7, 7, 8))
+    crops = data.Seeded(Shapes("train", 4), MultiCrop(32, 16, 2, 0.5, drawn=True))
+    (first, _), (again, _), (other, _) = (crops.__getitems__([(1, seed)])[0] for seed in (7, 7, 8))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert not torch.equal(first[0], other[0])
 
 
 def test_schedules_start_and_end_where_dino_puts_them():
     args = argparse.Namespace(lr=1e-3, momentum=0.996, teacher_temperature=0.07)
-    first, risen, last = (scheduled(step, 1000, 100, args) for step in (0, 99, 999))
+    first, risen, middle, last = (scheduled(step, 1000, 100, args) for step in (0, 99, 550, 1000))
     assert first["lr"] == pytest.approx(1e-5) and risen["lr"] == pytest.approx(1e-3)
     assert last["lr"] == pytest.approx(1e-6)
+    assert middle["lr"] == pytest.approx((1e-3 + 1e-6) / 2)
     assert (first["weight_decay"], last["weight_decay"]) == pytest.approx((0.04, 0.4))
     assert (first["momentum"], last["momentum"]) == pytest.approx((0.996, 1.0))
+    half = scheduled(500, 1000, 100, args)
+    assert (half["weight_decay"], half["momentum"]) == pytest.approx((0.22, 0.998))
     assert first["teacher_temperature"] == pytest.approx(0.04)
-    assert risen["teacher_temperature"] == pytest.approx(0.07, abs=1e-3)
-    beyond = scheduled(5000, 1000, 100, args)  # clamped: nothing swings back
-    assert beyond == pytest.approx(last)
+    assert scheduled(50, 1000, 100, args)["teacher_temperature"] == pytest.approx(0.055)
+    assert half["teacher_temperature"] == pytest.approx(0.07)
 
 
-def test_no_decay_on_biases_norms_and_embeddings():
-    network = small_network()
-    [optimizer] = common.build_optimizers(network, "adamw", 1e-3, 0.04)
-    plain = {id(p) for g in optimizer.param_groups if not g["decayed"] for p in g["params"]}
-    names = {name for name, p in network.named_parameters() if id(p) in plain}
-    assert all("bias" in n or "norm" in n or "token" in n or "position" in n for n in names)
-    assert {"backbone.class_token", "backbone.position_embedding", "head.mlp.0.bias"} <= names
-    assert all(g["weight_decay"] == (0.04 if g["decayed"] else 0) for g in optimizer.param_groups)
+def test_gradients_are_clipped_one_by_one():
+    a, b, unused = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
+    a.grad, b.grad = torch.tensor([3.0, 4.0]), torch.tensor([0.3, 0.4])
+    norm = train_ssl.clip_each_(iter([a, unused, b]), 2.0)
+    assert norm.item() == pytest.approx(math.sqrt(25.25))
+    assert torch.allclose(a.grad, torch.tensor([1.2, 1.6])) and torch.allclose(
+        b.grad, torch.tensor([0.3, 0.4])
+    )
+
+
+def test_signs_of_collapse():
+    """Entropy of the teacher; spread of unit features, 1 for random ones, 0 for equal ones."""
+    targets = torch.tensor([0.5, 0.5, 0, 0]).expand(2, 3, 4)
+    torch.manual_seed(0)
+    signs = train_ssl.health(targets, 7 * torch.randn(2, 500, 64))
+    assert signs["teacher_entropy"].item() == pytest.approx(math.log(2))
+    assert signs["feature_std"].item() == pytest.approx(1, abs=0.02)
+    assert train_ssl.health(targets, torch.ones(2, 5, 64))["feature_std"].item() < 1e-6
+    args = argparse.Namespace(prototypes=4, warmup_epochs=1)
+
+    def warning(entropy, std, epoch=2):
+        return train_ssl.warning_of(
+            dict(teacher_entropy=entropy, feature_std=std, epoch=epoch), args
+        )
+
+    assert warning(0.7, 0.5) is None and warning(math.log(4), 0.5, epoch=1) is None
+    assert "uniform" in warning(math.log(4), 0.5) and "collapse" in warning(0.7, 0.01)
+
+
+# ---- the loop, by hand ---------------------------------------------------------------------------
+
+
+def crops_of(root, epoch: int, step: int, local_crops: int):
+    """Global and local crops of a step of 20, from the seeds that `data` documents."""
+    folder, crops = data.image_folder(root, "train"), MultiCrop(16, 8, local_crops, 0.3, False)
+    [seed] = data.mixed_seeds(1, data.ORDER, 0, epoch)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(seed))
+    out = []
+    for index, seed in zip(
+        order[step * 20 : (step + 1) * 20].tolist(),
+        data.mixed_seeds(20, data.IMAGES, 0, epoch, step),
+    ):
+        torch.manual_seed(seed)
+        out.append(crops(folder[index][0]))
+    return [data.normalise(torch.stack(images)) for images in zip(*out) if images[0].numel()]
+
+
+def half_cosine(first, last, progress):
+    return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def dino_by_hand(root, student: Network, local_crops: int):
+    """Two epochs of three steps. Returns student, teacher, centre and the mean loss of epoch 2."""
+    teacher, centre = copy.deepcopy(student), torch.zeros(32)
+    decayed = {n for n, p in student.named_parameters() if p.ndim > 1}
+    decayed -= {"backbone.cls_token", "backbone.pos_embed"}
+    rises = [1 / 3, 2 / 3, 1.0]
+    for epoch in range(2):
+        losses = []
+        for step in range(3):
+            i = 3 * epoch + step
+            lr = 0.3 * rises[i] if i < 3 else half_cosine(0.3, 1e-6, (i - 3) / 3)
+            momentum = half_cosine(0.7, 1.0, i / 6)
+            temperature = 0.04 + min(1.0, 10 * i / 6) * (0.06 - 0.04)
+            groups = crops_of(root, epoch, step, local_crops)
+            torch.manual_seed(data.mixed_seeds(1, data.STEP, 0, epoch, step, 0)[0])
+            with torch.no_grad():
+                g = teacher.eval()(groups[0])[1]
+            student.train().zero_grad()
+            s = student(*groups)[1]
+            P_t = ((g - centre) / temperature).softmax(-1)
+            terms = [
+                -(P_t[a] * (s[b] / 0.1).log_softmax(-1)).sum(-1)
+                for a in range(2)
+                for b in range(2 + local_crops)
+                if a != b
+            ]
+            loss = torch.stack(terms).mean()
+            loss.backward()
+            losses.append(loss.item())
+            with torch.no_grad():
+                for name, p in student.named_parameters():
+                    if name == "head.prototypes" and epoch == 0:
+                        continue
+                    clipped = p.grad * min(1.0, 3.0 / (p.grad.norm().item() + 1e-6))
+                    decay = half_cosine(0.04, 0.4, i / 6) * (name in decayed)
+                    p -= lr * (clipped + decay * p)
+                for t, p in zip(teacher.parameters(), student.parameters()):
+                    t.copy_(momentum * t + (1 - momentum) * p)
+                centre = 0.9 * centre + 0.1 * g.mean(dim=(0, 1))
+    return student, teacher, centre, sum(losses) / 3
+
+
+@pytest.mark.parametrize("drop_path, local_crops", [(0.4, 3), (0, 0)])
+def test_two_epochs_equal_the_same_steps_by_hand(
+    drop_path, local_crops, image_root, tmp_path, monkeypatch, float64_sgd
+):
+    """The student, the teacher, the centre and the logged numbers; the teacher drops no path."""
+    words = [*RUN, "--data", image_root, "--out", tmp_path, "--batch-size", 20, "--lr", 0.3]
+    words += ["--momentum", 0.7, "--teacher-temperature", 0.06, "--crop-split", 0.3]
+    words += ["--drop-path", drop_path, "--local-crops", local_crops]
+    run_main(train_ssl.main, words, tmp_path, monkeypatch)
+    checkpoint = load(tmp_path / "last.pt")
+
+    torch.manual_seed(0)
+    shape = PRESETS["nano"] | dict(depth=2, drop_path=drop_path)
+    student = Network(ViT(16, 8, 0, **shape, pos_embed_std=0.02), prototypes=32)
+    start = copy.deepcopy(student)
+    student, teacher, centre, loss = dino_by_hand(image_root, student, local_crops)
+    assert (student.head.prototypes - start.head.prototypes).norm() > 0.01  # it did move
+    for name, weight in student.state_dict().items():
+        assert torch.allclose(checkpoint["student"][name], weight, atol=1e-6), name
+    for key, module in (("model", teacher.backbone), ("teacher_head", teacher.head)):
+        for name, weight in module.state_dict().items():
+            assert torch.allclose(checkpoint[key][name], weight, atol=1e-6), name
+    assert torch.allclose(checkpoint["centre"], centre, atol=1e-6)
+    row = checkpoint["history"][-1]
+    assert row["loss"] == pytest.approx(loss, rel=1e-5)
+    assert row["momentum"] == pytest.approx(half_cosine(0.7, 1.0, 5 / 6))
+    assert row["knn"] == pytest.approx(knn_by_hand(image_root, teacher.backbone))
+
+
+@torch.no_grad()
+def knn_by_hand(root, model) -> float:
+    """k-NN of the teacher's features on unaugmented images, all 60 neighbours' votes counted."""
+    _, transform = data.augmentations(16, drawn=False)
+    sets = []
+    for split in ("train", "val"):
+        folder = data.image_folder(root, split)
+        images = torch.stack([transform(image) for image, _ in folder])
+        features = model.eval()(data.normalise(images))
+        sets.append((F.normalize(features, dim=1), torch.tensor([y for _, y in folder])))
+    (bank, labels), (queries, truth) = sets
+    hits = 0
+    for query, y in zip(queries, truth):
+        cosines = bank @ query
+        votes = [0.0] * 5
+        for i in cosines.argsort(descending=True)[:20]:
+            votes[labels[i]] += math.exp(cosines[i] / 0.07)
+        hits += votes.index(max(votes)) == y
+    return 100 * hits / len(truth)
 
 
 def test_knn_is_scikit_learns_weighted_knn():
     neighbors = pytest.importorskip("sklearn.neighbors")
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(4, 16, generator=generator)  # fewer than five classes
-    labels = torch.randint(0, 4, (300,), generator=generator)
-    points = F.normalize(centres[labels] + 2 * torch.randn(300, 16, generator=generator), dim=-1)
+    labels = torch.randint(0, 4, (700,), generator=generator)
+    points = F.normalize(centres[labels] + 2 * torch.randn(700, 16, generator=generator), dim=-1)
     bank, queries, bank_labels = points[:200], points[200:], labels[:200]
     for k in (1, 20, 500):
         peer = neighbors.KNeighborsClassifier(
@@ -153,7 +352,7 @@ def test_knn_is_scikit_learns_weighted_knn():
             ).numpy()
         )  # fmt: skip
         peer.fit(bank.numpy(), bank_labels.numpy())
-        ours = knn_classify(bank, bank_labels, queries, k)
+        ours = knn.knn_classify(bank, bank_labels, queries, k)
         assert ours.tolist() == peer.predict(queries.numpy()).tolist()
         assert (ours == labels[200:]).float().mean() > 0.4
 
@@ -163,95 +362,65 @@ def test_knn_is_scikit_learns_weighted_knn():
 
 @pytest.fixture(scope="module")
 def finished(image_root, tmp_path_factory):
-    """A folder with runs on five classes of real files, and what each run printed."""
+    """A folder with a skipless run on five classes of real files, and what it printed."""
     folder = tmp_path_factory.mktemp("ssl")
-    base = ["train_ssl.py", "--data", image_root, *RUN]
-    done = run_scripts(
-        {
-            "straight": [*base, "--skipless", "--out", "runs/straight"],
-            "one-epoch": [*base, "--epochs", "1", "--warmup-epochs", "0", "--out", "runs/one-epoch",
-                          "--momentum", "0.9999999"],
-            "uniform": [*base, "--teacher-temperature", "100", "--opt", "adamw"],
-            "muon": [*base, "--opt", "muon", "--local-crops", "0", "--out", "runs/muon"],
-        },
-        folder,
-    )  # fmt: skip
-    for run in done.values():
-        assert run.returncode == 0, run.stderr
-    return folder, {name: run.stdout for name, run in done.items()}
+    done = run_script(
+        "train_ssl.py", "--data", image_root, *RUN, "--skipless", "--out", "run", cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
 
 
 def test_a_run_says_and_leaves_what_it_promises(finished):
     folder, printed = finished
-    lines = printed["straight"].strip().splitlines()
+    lines = printed.strip().splitlines()
     assert re.fullmatch(r"k-NN top-1 [\d.]+ %  \(2 epochs, [\d.]+ min\)", lines[-1])
-    assert "skipless, conditioned init" in printed["straight"]
-    text = (folder / "runs/straight/log.jsonl").read_text()
-    rows = [json.loads(line) for line in text.splitlines()]
+    assert "skipless-paper, 2 blocks" in printed
+    rows = [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [0, 1, 2]
-    assert {"train_loss", "teacher_entropy", "feature_std", "knn", "lr"} <= rows[2].keys()
-    assert rows[0]["knn"] is not None and rows[2]["knn"] is not None
+    assert {"loss", "teacher_entropy", "feature_std", "knn", "lr"} <= rows[2].keys()
+    assert rows[0]["knn"] is not None and rows[1]["knn"] is None and rows[2]["knn"] is not None
     assert 0 < rows[2]["teacher_entropy"] <= math.log(32)
-    assert (folder / "runs/straight/curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "run/curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_teacher_learns_from_no_gradient_and_shares_no_memory(finished):
-    """With a momentum of all but 1 it stays where it began while the student walks away."""
-    checkpoint = load(finished[0] / "runs/one-epoch/last.pt")
-    for name, weight in checkpoint["model"].items():
-        if "W_V.weight" in name:
-            moved = (checkpoint["student"][f"backbone.{name}"] - weight).norm()
-            assert moved > 1e-3
-    torch.manual_seed(0)
-    start = ViT(**checkpoint["model_config"]).state_dict()
-    assert all(torch.allclose(start[k], v, atol=1e-5) for k, v in checkpoint["model"].items())
+def test_collapse_is_said_once_in_one_line(image_root, tmp_path, monkeypatch, capsys):
+    words = ["--data", image_root, *RUN, "--teacher-temperature", "100", "--opt", "adamw"]
+    run_main(train_ssl.main, [*words, "--epochs", 4], tmp_path, monkeypatch)
+    said = re.findall(r"warning: the teacher's output is uniform", capsys.readouterr().out)
+    assert len(said) == 1
 
 
-def test_prototypes_are_frozen_for_the_first_epoch_only(finished):
-    """In these steps the teacher's stay at the start, so the student's must equal them."""
-    student, teacher = (
-        lambda c: c["student"]["head.prototypes"],
-        lambda c: c["teacher_head"]["prototypes"],
-    )
-    first = load(finished[0] / "runs/one-epoch/last.pt")
-    assert torch.equal(student(first), teacher(first))
-    second = load(finished[0] / "runs/straight/last.pt")
-    assert not torch.allclose(student(second), teacher(second), atol=1e-4)
+def test_adamw_has_dinos_betas(image_root, tmp_path, monkeypatch):
+    words = [*RUN, "--data", image_root, "--opt", "adamw", "--epochs", "1", "--out", "a"]
+    run_main(train_ssl.main, [*words, "--warmup-epochs", "0"], tmp_path, monkeypatch)
+    group = load(tmp_path / "a/last.pt")["optimizer"]["param_groups"][0]
+    assert tuple(group["betas"]) == (0.9, 0.999)
 
 
-def test_collapse_is_said_in_one_line(finished):
-    printed = finished[1]["uniform"]
-    assert len(re.findall(r"warning: the teacher's output is uniform", printed)) == 1
-    assert "warning" not in finished[1]["straight"]
+def test_an_interrupted_run_resumes_exactly(image_root, tmp_path, monkeypatch, capsys):
+    args = ["--data", image_root, *RUN, "--batch-size", "4", "--skipless"]
+    run_main(train_ssl.main, [*args, "--out", "a"], tmp_path, monkeypatch)
+    lr_at = engine.lr_at
 
+    def lr_and_a_signal(step, *rest):  # as if Ctrl-C came in the second epoch's sixth step
+        if step == 15 + 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return lr_at(step, *rest)
 
-def test_the_checkpoint_gives_the_teachers_backbone(finished):
-    checkpoint = common.load_checkpoint(str(finished[0] / "runs/straight/last.pt"), "train_ssl")
-    model = common.model_of(checkpoint)
-    assert model.config["num_classes"] == 0 and model.config["residual"] is False
-    assert model(torch.zeros(2, 3, 16, 16)).shape == (2, 64)
-    assert checkpoint["centre"].shape == (32,) and checkpoint["centre"].abs().max() > 0
-
-
-def test_an_interrupted_run_resumes_exactly(image_root, tmp_path):
-    args = ["--data", image_root, *RUN, "--batch-size", "4", "--epochs", "4", "--skipless"]
-    straight = run_script("train_ssl.py", *args, "--out", "runs/a", cwd=tmp_path)
-    assert straight.returncode == 0, straight.stderr
-    # As if SIGTERM came before the 21st of 4 x 15 steps' ends: in the second epoch's sixth step.
-    stopped = run_interrupted(
-        "train_ssl", 20, [*args, "--out", "runs/b", "--workers", "1"], tmp_path
-    )
-    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
-    assert "continue with --resume" in stopped.stdout and not stopped.stderr
-    halfway = load(tmp_path / "runs/b/last.pt")
-    assert (halfway["epoch"], halfway["step"]) == (1, 5) and halfway["sums"].abs().sum() > 0
-    resumed = run_script("train_ssl.py", "--resume", "runs/b/last.pt", cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    a, b = (load(tmp_path / f"runs/{name}/last.pt") for name in "ab")
+    monkeypatch.setattr(engine, "lr_at", lr_and_a_signal)
+    args += ["--workers", "1", "--out", "b"]
+    stopped = run_here(train_ssl.main, args, tmp_path, monkeypatch, capsys)
+    monkeypatch.setattr(engine, "lr_at", lr_at)
+    assert stopped.returncode == 128 + signal.SIGINT and "continue with --resume" in stopped.stdout
+    halfway = load(tmp_path / "b/last.pt")
+    assert (halfway["epoch"], halfway["step"]) == (1, 6) and halfway["sums"]["loss"] > 0
+    run_main(train_ssl.main, ["--resume", "b/last.pt"], tmp_path, monkeypatch)
+    a, b = (load(tmp_path / f"{name}/last.pt") for name in "ab")
     for key in ("model", "student", "teacher_head"):
         assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
     assert torch.equal(a["centre"], b["centre"])
-    for key in ("knn", "train_loss", "teacher_entropy"):
+    for key in ("knn", "loss", "teacher_entropy"):
         assert [r.get(key) for r in a["history"]] == [r.get(key) for r in b["history"]]
 
 
@@ -264,24 +433,22 @@ def test_two_processes_train_what_one_does(image_root, tmp_path):
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     a, b = (load(tmp_path / name / "last.pt") for name in ("one", "two"))
     assert torch.allclose(a["centre"], b["centre"], atol=1e-4)
-    rows = [
-        [(row["train_loss"], row["teacher_entropy"]) for row in c["history"][1:]] for c in (a, b)
-    ]
-    assert rows[0] == [pytest.approx(row, abs=1e-3) for row in rows[1]]
+    keys = ("loss", "teacher_entropy", "knn")
+    rows = [[[row[k] for k in keys] for row in c["history"] if row["epoch"] == 2] for c in (a, b)]
+    assert rows[0][0][:2] == pytest.approx(rows[1][0][:2], abs=1e-3)
+    assert rows[0][0][2] == pytest.approx(rows[1][0][2], abs=100 / 30 + 1e-6)  # one image of 30
 
 
 # ---- what it refuses -----------------------------------------------------------------------------
 
 
-def test_without_val_knn_is_off(image_root, tmp_path):
+def test_without_val_knn_is_off(image_root, tmp_path, monkeypatch, capsys):
     root = tmp_path / "unlabelled"
     shutil.copytree(image_root / "train", root / "train")
-    done = run_script("train_ssl.py", "--data", root, *RUN, "--epochs", "1", "--warmup-epochs", "0",
-                      cwd=tmp_path)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "k-NN    off" in done.stdout and done.stdout.strip().splitlines()[-1].startswith(
-        "k-NN off"
-    )
+    words = ["--data", root, *RUN, "--epochs", "1", "--warmup-epochs", "0"]
+    run_main(train_ssl.main, words, tmp_path, monkeypatch)
+    printed = capsys.readouterr().out
+    assert "k-NN    off" in printed and printed.strip().splitlines()[-1].startswith("k-NN off")
 
 
 @pytest.mark.parametrize(
@@ -289,14 +456,14 @@ def test_without_val_knn_is_off(image_root, tmp_path):
     [
         ("--data missing", "no such folder"),
         ("--image-size 20 --patch-size 8", "patch size must divide image size"),
-        ("--alpha 1", "add --init conditioned"),
+        ("--beta 1", "--beta is not part of --init default"),
         ("--warmup-epochs 6 --epochs 6", "less than --epochs"),
         ("--crop-split 1.5", r"lie in \[0, 1\)"),
         ("--momentum 1", r"lie in \[0, 1\)"),
         ("--batch-size 9000", "exceeds the 5000 training images"),
         ("--lr -1", "be positive"),
         ("--device tpu", "use auto, cpu, cuda"),
-        ("--prototypes many", "invalid int value"),
+        ("--prototypes many", "invalid count value"),
         ("--resume missing.pt", "no such file"),
     ],
 )
@@ -310,18 +477,17 @@ def test_bad_files_end_in_one_line(finished, tmp_path, monkeypatch, capsys):
     shutil.move(root / "val/class0", root / "val/classX")
     done = run_here(train_ssl.main, ["--data", root], tmp_path, monkeypatch, capsys)
     assert_fails_in_one_line(done, "must hold the same classes")
-    common.save_checkpoint(tmp_path / "other.pt", script="train_cls")
+    files.save_checkpoint(tmp_path / "other.pt", dict(script="train_cls"))
     done = run_here(train_ssl.main, ["--resume", "other.pt"], tmp_path, monkeypatch, capsys)
     assert_fails_in_one_line(done, "written by train_cls, not by train_ssl")
-    last = finished[0] / "runs/straight/last.pt"
+    last = finished[0] / "run/last.pt"
     done = run_here(train_ssl.main, ["--resume", last, "--lr", "5"], tmp_path, monkeypatch, capsys)
     assert_fails_in_one_line(done, "contradicts the checkpoint")
 
 
-def test_a_network_and_its_deep_copy_agree():
-    """The teacher is one: nothing in the student may resist copying."""
-    network = small_network()
-    twin = copy.deepcopy(network)
-    x = torch.randn(2, 2, 3, 16, 16)
-    assert torch.equal(network(x)[1], twin(x)[1])
-    assert all(p is not q for p, q in zip(network.parameters(), twin.parameters()))
+def test_settings_of_the_recipe(monkeypatch):
+    monkeypatch.setattr(sys, "argv", "train_ssl.py --data x --skipless".split())
+    args, _ = train_ssl.parse_arguments()
+    assert (args.model, args.alpha, args.beta, args.c) == ("small", 1.8, 1.0, 3.0)
+    assert (args.local_crops, args.prototypes, args.momentum) == (8, 65536, 0.996)
+    assert (args.lr, args.drop_path, args.init) == (5e-4, 0.0, "paper")

@@ -1,0 +1,213 @@
+"""What the scripts' command lines share: errors in one line, flags, where a setting comes from.
+
+A setting is, in rising order of precedence: the script's DEMO; with --data its FOLDER; with
+--skipless its SKIPLESS; what --init counts on; a checkpoint's settings; the flag as given.
+"""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import torch
+
+import depth_init
+from minskip import PRESETS
+
+CORES = min(8, os.cpu_count() or 1)
+
+# Flags that may differ between a run and its continuation without changing its result.
+FREE_TO_CHANGE = {"data", "out", "device", "workers", "compile", "resume", "eval"}
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """End the program with one line on stderr: what is wrong, where, and what to do about it."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+class BadInput(Exception):
+    """What the user gave cannot be used; the message is the one line to show."""
+
+
+@contextmanager
+def one_line_errors(memory_advice: str) -> Iterator[None]:
+    """Turns what can still go wrong in mid-run, and is the user's to mend, into one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        fail(f"out of memory ({str(error).split('.')[0]}); {memory_advice}")
+    except torch.linalg.LinAlgError:
+        fail("SOAP found no eigenvectors: a gradient is not finite; use a smaller --lr", code=1)
+    except BadInput as error:  # a loader's process puts its traceback before the message
+        fail(str(error).strip().splitlines()[-1].split("BadInput: ")[-1])
+    except KeyboardInterrupt:  # outside the training loop, which sees to it itself
+        fail("interrupted", code=130)
+
+
+# --------------------------------------------------------------------------------------------------
+# Numbers as flags: argparse calls these with the text and shows their message
+# --------------------------------------------------------------------------------------------------
+
+
+def checked(text: str, kind: type, fits: Callable, rule: str):
+    value = kind(text)
+    if not fits(value):
+        raise argparse.ArgumentTypeError(f"must {rule}; it is {text}")
+    return value
+
+
+def positive(text: str) -> float:
+    return checked(text, float, lambda x: 0 < x < math.inf, "be positive")
+
+
+def not_negative(text: str) -> float:
+    return checked(text, float, lambda x: 0 <= x < math.inf, "not be negative")
+
+
+def share(text: str) -> float:
+    return checked(text, float, lambda x: 0 <= x < 1, "lie in [0, 1)")
+
+
+def count(text: str) -> int:
+    return checked(text, int, lambda x: x > 0, "be at least 1")
+
+
+def count_or_0(text: str) -> int:
+    return checked(text, int, lambda x: 0 <= x < 2**32, "lie in 0 .. 2^32 - 1")
+
+
+# --------------------------------------------------------------------------------------------------
+# The trainers' flags
+# --------------------------------------------------------------------------------------------------
+
+
+def trainer_flags(description: str, demo: dict, folder: dict, skipless: dict):
+    """(parser, add): a parser with the flags that both trainers have, and `add(flag, help, type)`
+    for a script's own. Help texts end with the effective defaults. A flag not given is absent."""
+    p = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    p.error = fail  # one line, like every other mistake
+
+    def add(flag: str, help: str, type: Callable | None = None, **kind) -> None:
+        name = flag[2:].replace("-", "_")
+        layers = (("", demo), ("--data ", folder), ("--skipless ", skipless))
+        shown = [f"{when}{layer[name]}" for when, layer in layers if name in layer]
+        if shown and demo[name] not in (None, False):
+            help += f" [{', '.join(shown)}]"
+        p.add_argument(flag, help=help, **(dict(type=type) if type else {}), **kind)
+
+    add("--out", "folder of this run's files [under runs/, named after the settings]")
+    add("--model", "width and depth; nano is for CPUs", choices=list(PRESETS))
+    add("--skipless", "train without skip connections", action="store_true")
+    add(
+        "--init",
+        "weights the blocks start from; paper: Cutting the Skip's; depth: ours, keeps tokens apart "
+        "at any depth; default: the usual std 0.02, from which a skipless network learns little",
+        choices=["paper", "depth", "default"],
+    )
+    add(
+        "--alpha",
+        "of --init paper: weight of the random part of W_Q W_K^T, 0.5 .. 2; too large: attention "
+        "starts as one-hot at random places",
+        not_negative,
+    )
+    add(
+        "--beta",
+        "of --init paper: weight of the identity in W_Q W_K^T, 0.5 .. 2; too small: tokens blur "
+        "into one another with depth",
+        not_negative,
+    )
+    add(
+        "--c",
+        "of --init paper and depth: scale of W_V and W_O, 1 .. 3; smaller makes every step "
+        "relatively larger",
+        positive,
+    )
+    add(
+        "--pool",
+        "what is read off the last block: the class token, or the mean over patch tokens [mean "
+        "with --init depth]",
+        choices=["cls", "mean"],
+    )
+    add(
+        "--pos-embed-std",
+        "standard deviation of the position embedding at the start, 0.02 .. 1 [1 with --init "
+        "depth]",
+        not_negative,
+    )
+    add("--opt", "optimizer; soap is the paper's, matters without skips", choices=["soap", "adamw"])
+    add(
+        "--lr",
+        "peak learning rate; a skipless network wants a third to a tenth of a residual one's: "
+        "too large and the loss stays flat at its first value",
+        positive,
+    )
+    add("--batch-size", "images a step, over all processes", count)
+    add("--epochs", "passes over the training images", count)
+    add(
+        "--warmup-epochs",
+        "epochs over which the learning rate rises; fractions are fine; too short: the loss jumps "
+        "in the first steps",
+        not_negative,
+    )
+    add("--image-size", "side of the images, pixels", count)
+    add("--patch-size", "side of a patch, pixels; halving it makes four times the tokens", count)
+    add("--depth", "number of blocks [the model's]", count)
+    add("--drop-path", "stochastic depth of the last block; only with skips", share)
+    add("--workers", "processes that load images", count_or_0)
+    add("--compile", "torch.compile: faster after minutes of compiling", action="store_true")
+    add("--amp", "bf16 autocast; auto: on GPUs that support it", choices=["auto", "bf16", "off"])
+    add("--device", "auto, cpu, cuda or cuda:N")
+    add("--seed", "of weights, order, augmentation and drop-path", count_or_0)
+    add(
+        "--resume",
+        "continue the run of this checkpoint, on the CPU to the last bit; its settings are kept",
+        metavar="CKPT",
+    )
+    return p, add
+
+
+def settle(
+    explicit: dict, demo: dict, folder: dict, skipless: dict, stored: dict | None, free: set[str]
+) -> argparse.Namespace:
+    """Every setting of a run, as the head of this file says; contradictions end the program.
+
+    explicit: the flags given. stored: a checkpoint's settings, which only the flags in `free` may
+    change.
+    """
+    if stored is not None:
+        for name, value in explicit.items():
+            if name not in free and value != stored.get(name):
+                flag = "--" + name.replace("_", "-")
+                fail(
+                    f"{flag} {value} contradicts the checkpoint, trained with {stored.get(name)}; "
+                    f"leave {flag} out"
+                )
+        return argparse.Namespace(**stored | dict(out=None) | explicit)  # it may have moved
+    settings = demo | (folder if "data" in explicit else {})
+    settings |= skipless if "skipless" in explicit else {}
+    settings |= depth_init.COUNTS_ON if explicit.get("init", settings["init"]) == "depth" else {}
+    settings |= explicit
+    if isinstance(settings["lr"], dict):  # by optimizer
+        settings["lr"] = settings["lr"][settings["opt"]]
+    settings["depth"] = settings["depth"] or PRESETS[settings["model"]]["depth"]
+    used = dict(paper=["alpha", "beta", "c"], depth=["c"], default=[])[settings["init"]]
+    for name in ("alpha", "beta", "c"):
+        if name in explicit and name not in used:
+            fail(f"--{name} is not part of --init {settings['init']}; leave it out")
+    if settings["drop_path"] and settings["skipless"]:
+        fail("--drop-path needs skip connections: leave it out with --skipless")
+    if settings["warmup_epochs"] >= settings["epochs"]:
+        fail(
+            f"--warmup-epochs {settings['warmup_epochs']} must be less than --epochs "
+            f"{settings['epochs']}"
+        )
+    return argparse.Namespace(**settings)

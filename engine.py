@@ -1,0 +1,147 @@
+"""What both trainers need and neither explains: devices, processes, the optimizer, its rate."""
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from cli import fail
+from soap import SOAP
+
+# --------------------------------------------------------------------------------------------------
+# Devices and processes
+# --------------------------------------------------------------------------------------------------
+
+
+def start_processes(device_name: str) -> tuple[torch.device, int, int]:
+    """(device, rank, world size). Joins a process group only when launched by torchrun.
+
+    device_name: "auto" (CUDA if there is any, else the CPU), "cpu", "cuda" or "cuda:1".
+    Ends the program when CUDA is asked for and absent.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device_name):
+        fail(f"--device {device_name!r} is not known here; use auto, cpu, cuda or cuda:N")
+    device = torch.device("cpu" if device_name == "auto" else device_name)
+    if device_name == "auto" and torch.cuda.is_available():
+        device = torch.device("cuda")
+    launched = "RANK" in os.environ
+    if device.type == "cuda":
+        found = torch.cuda.device_count()
+        number = int(os.environ["LOCAL_RANK"]) if launched else device.index or 0
+        if number >= found:
+            asked = "--nproc-per-node" if launched and found else f"--device {device_name}"
+            fail(f"{asked}: {found or 'no'} CUDA devices found here; use --device cpu or auto")
+        device = torch.device("cuda", number)
+        torch.cuda.set_device(device)
+    if not launched:
+        return device, 0, 1
+    # The others wait while the first process looks through the images: minutes, of a large set.
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def uses_bf16(device: torch.device, amp: str) -> bool:
+    """amp: "auto" is bf16 on CUDA cards that support it, "bf16" is bf16 wherever, "off" nowhere.
+
+    Never fp16: it gives NaN on small images, where bf16, with float32's range, does not.
+    """
+    auto = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return amp == "bf16" or (amp == "auto" and auto)
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, amp))
+
+
+def on_device(batch, device: torch.device):
+    """A batch of tensors, however nested in lists, on the device."""
+    if isinstance(batch, list | tuple):
+        return [on_device(part, device) for part in batch]
+    return batch.to(device, non_blocking=True)
+
+
+def main_process() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def mean_over_processes(x: Tensor) -> Tensor:
+    if not dist.is_initialized():
+        return x
+    x = x.clone()
+    dist.all_reduce(x)
+    return x / dist.get_world_size()
+
+
+def in_processes(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network with gradients averaged over the processes, where there are several."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return network
+    return DistributedDataParallel(network, [device.index] if device.type == "cuda" else None)
+
+
+def micro_batches(network: nn.Module, parts: int, *tensors: Tensor) -> Iterator[tuple]:
+    """A batch in equal parts; processes exchange gradients after the last one alone."""
+    for number, part in enumerate(zip(*(x.chunk(parts) for x in tensors)), start=1):
+        if isinstance(network, DistributedDataParallel):
+            network.require_backward_grad_sync = number == parts  # what no_sync() sets
+        yield part
+
+
+def check_batch_size(batch_size: int, parts: int, images: int, data_name: str) -> None:
+    if batch_size % parts:
+        fail(f"--batch-size {batch_size} must be a multiple of processes x --grad-accum = {parts}")
+    if batch_size > images:
+        fail(
+            f"--batch-size {batch_size} exceeds the {images} training images of {data_name}; make "
+            "it smaller"
+        )
+
+
+def end_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------------------
+# Optimizer and learning rate
+# --------------------------------------------------------------------------------------------------
+
+
+def build_optimizer(
+    model: nn.Module,
+    opt: str,
+    lr: float,
+    weight_decay: float,
+    adamw_betas: tuple[float, float] = (0.9, 0.95),
+) -> Optimizer:
+    """SOAP or AdamW. Biases, norms and embeddings, the second group, are not decayed."""
+    decayed, plain = [], []
+    for name, p in model.named_parameters():
+        (plain if p.ndim == 1 or name.endswith(("cls_token", "pos_embed")) else decayed).append(p)
+    groups = [
+        dict(params=decayed, weight_decay=weight_decay),
+        dict(params=plain, weight_decay=0.0),
+    ]
+    if opt == "soap":
+        return SOAP(groups, lr=lr)
+    return torch.optim.AdamW(groups, lr=lr, betas=adamw_betas, fused=True)
+
+
+def cosine(first: float, last: float, progress: float) -> float:
+    """Half a cosine from first to last while progress goes from 0 to 1."""
+    return last + (first - last) * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
+
+
+def lr_at(step: int, steps: int, warmup: int, peak: float, last: float = 0.0) -> float:
+    """A line up to `peak` over `warmup` steps, then half a cosine down to `last` at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return cosine(peak, min(last, peak), (step - warmup) / max(steps - warmup, 1))

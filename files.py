@@ -1,0 +1,90 @@
+"""The files a run writes and reads: its folder, its log, its checkpoints."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from cli import fail
+
+FORMAT = "minskip-2"
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file so that a reader finds the old one or the new one, never half of it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        fail(f"cannot write {path} ({error.strerror}); what it held before is kept")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {out}: cannot make this folder ({error.strerror})")
+
+
+def run_folder(out: str | None, stem: str, seed: int, resume: str | None = None) -> Path:
+    """--out, which must not hold another run; the resumed run's; or a free name under runs/."""
+    here = Path(resume).resolve().parent if resume else None
+    if here and (out is None or Path(out).resolve() == here):
+        return here
+    if out is not None:
+        if (Path(out) / "last.pt").exists():
+            fail(f"--out {out} holds a run already; --resume it or name another folder")
+        return Path(out)
+    folder, number = Path("runs") / f"{stem}-seed{seed}", 1
+    while folder.exists():
+        number += 1
+        folder = Path("runs") / f"{stem}-run{number}-seed{seed}"
+    chosen = [folder]
+    if dist.is_initialized():  # one process may have made it before another looked
+        dist.broadcast_object_list(chosen)
+    return chosen[0]
+
+
+def write_log(path: Path, rows: list[dict]) -> None:
+    """One JSON object a line, one line an epoch. Rewritten whole: it always matches its run."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def read_log(path: Path) -> list[dict]:
+    """The rows that `write_log` wrote; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Tensors, numbers, strings, lists and dicts only, so that it loads with weights_only=True."""
+    content = {"format": FORMAT, **content}
+    write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+
+def load_checkpoint(path: str, script: str | None = None) -> dict:
+    """A checkpoint of ours, on the CPU; anything else ends the program with one line.
+
+    script: the name of the script that must have written it; None takes any.
+    """
+    if not Path(path).is_file():
+        hint = f"; {path}/last.pt?" if Path(path).is_dir() else ""
+        fail(f"checkpoint {path}: no such file{hint}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a file of any other kind makes the reader stumble over
+        kind = type(error).__name__
+        fail(f"checkpoint {path} is damaged or of another program ({kind}); use a file saved here")
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        fail(f"checkpoint {path} was not written by this version of minskip; use one of its own")
+    if script is not None and content.get("script") != script:
+        fail(f"checkpoint {path} was written by {content.get('script')}, not by {script}")
+    return content

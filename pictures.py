@@ -1,0 +1,73 @@
+"""One look for every picture: a colour an arm, and figures written whole."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # pictures go to files; no window system is needed
+import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
+
+from files import write_atomically
+
+# Okabe and Ito's colours, told apart with every common colour blindness.
+ARM_COLOURS = {
+    "residual": "#0072B2",
+    "skipless-default": "#D55E00",
+    "skipless-paper": "#009E73",
+    "skipless-depth": "#CC79A7",
+}
+OTHER_COLOURS = ["#E69F00", "#56B4E9", "#000000", "#999999"]
+
+
+def colour_of(name: str, others: list[str]) -> str:
+    """An arm's colour, found in the name of a run or network; the rest take turns, in order.
+
+    others: all names of the picture, so that those of no known arm are told apart.
+    """
+    for arm, colour in ARM_COLOURS.items():
+        if arm in name:
+            return colour
+    strangers = [n for n in others if not any(arm in n for arm in ARM_COLOURS)]
+    return OTHER_COLOURS[strangers.index(name) % len(OTHER_COLOURS)]
+
+
+def tidy(ax: plt.Axes, title: str) -> None:
+    ax.set_title(title, fontsize=10)
+    ax.tick_params(labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25)
+
+
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """Write a figure as PNG, atomically, and let go of it."""
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+    plt.close(figure)
+
+
+def draw_curves(path: Path, runs: dict[str, list[dict]], panels: dict[str, str]) -> None:
+    """One panel a log key against the epoch, one line a run.
+
+    runs: name -> rows of its log; runs whose names differ only behind "-seed" share a label.
+    panels: log key -> title; epochs in which a key is null are left out of its panel.
+    """
+    width = 4.6 * len(panels)
+    figure, axes = plt.subplots(1, len(panels), figsize=(width, 3.6), layout="constrained")
+    labelled = {name.split("-seed")[0]: name for name in reversed(runs)}
+    for ax, (key, title) in zip([axes] if len(panels) == 1 else axes, panels.items()):
+        for name, rows in runs.items():
+            points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
+            label = name.split("-seed")[0]
+            ax.plot(
+                *zip(*points),
+                color=colour_of(name, list(runs)),
+                linewidth=1.4,
+                marker="." if len(points) <= 10 else None,
+                label=label if labelled[label] == name else None,
+            )
+        ax.set_xlabel("epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        tidy(ax, title)
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    save_figure(figure, path)
