@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import torch
 
-import depth_init
+import identity_init
 from minskip import PRESETS
 
 CORES = min(8, os.cpu_count() or 1)
@@ -85,6 +85,13 @@ def count_or_0(text: str) -> int:
 # --------------------------------------------------------------------------------------------------
 
 
+def shown(value) -> str:
+    """A default in a help text; one that depends on another setting with that setting's values."""
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {shown(x)}" for key, x in value.items())
+    return str(value)
+
+
 def trainer_flags(description: str, demo: dict, folder: dict, skipless: dict):
     """(parser, add): a parser with the flags that both trainers have, and `add(flag, help, type)`
     for a script's own. Help texts end with the effective defaults. A flag not given is absent."""
@@ -99,9 +106,9 @@ def trainer_flags(description: str, demo: dict, folder: dict, skipless: dict):
     def add(flag: str, help: str, type: Callable | None = None, **kind) -> None:
         name = flag[2:].replace("-", "_")
         layers = (("", demo), ("--data ", folder), ("--skipless ", skipless))
-        shown = [f"{when}{layer[name]}" for when, layer in layers if name in layer]
-        if shown and demo[name] not in (None, False):
-            help += f" [{', '.join(shown)}]"
+        defaults = [f"{when}{shown(layer[name])}" for when, layer in layers if name in layer]
+        if defaults and demo[name] not in (None, False):
+            help += f" [{', '.join(defaults)}]"
         p.add_argument(flag, help=help, **(dict(type=type) if type else {}), **kind)
 
     add("--out", "folder of this run's files [under runs/, named after the settings]")
@@ -109,9 +116,10 @@ def trainer_flags(description: str, demo: dict, folder: dict, skipless: dict):
     add("--skipless", "train without skip connections", action="store_true")
     add(
         "--init",
-        "weights the blocks start from; paper: Cutting the Skip's; depth: ours, keeps tokens apart "
-        "at any depth; default: the usual std 0.02, from which a skipless network learns little",
-        choices=["paper", "depth", "default"],
+        "weights the blocks start from; identity: ours, as good as skips at small size; paper: "
+        "Cutting the Skip's; default: the usual std 0.02, from which a skipless network learns "
+        "little",
+        choices=["identity", "paper", "default"],
     )
     add(
         "--alpha",
@@ -127,20 +135,19 @@ def trainer_flags(description: str, demo: dict, folder: dict, skipless: dict):
     )
     add(
         "--c",
-        "of --init paper and depth: scale of W_V and W_O, 1 .. 3; smaller makes every step "
-        "relatively larger",
+        "of --init paper: scale of W_V and W_O, 1 .. 3; smaller makes every step relatively larger",
         positive,
     )
     add(
         "--pool",
-        "what is read off the last block: the class token, or the mean over patch tokens [mean "
-        "with --init depth]",
+        "what is read off the last block: the class token, or the mean over patch tokens "
+        "[--init identity mean]",
         choices=["cls", "mean"],
     )
     add(
         "--pos-embed-std",
-        "standard deviation of the position embedding at the start, 0.02 .. 1 [1 with --init "
-        "depth]",
+        "standard deviation of the position embedding at the start, 0.02 .. 1 "
+        "[--init identity 0.5]",
         not_negative,
     )
     add("--opt", "optimizer; soap is the paper's, matters without skips", choices=["soap", "adamw"])
@@ -175,6 +182,14 @@ def trainer_flags(description: str, demo: dict, folder: dict, skipless: dict):
     return p, add
 
 
+def picked(value, settings: dict):
+    """A setting that depends on another is a dict by its values: by model, init or optimizer."""
+    while isinstance(value, dict):
+        chosen = (settings[name] for name in ("model", "init", "opt"))
+        value = next(value[x] for x in chosen if not isinstance(x, dict) and x in value)
+    return value
+
+
 def settle(
     explicit: dict, demo: dict, folder: dict, skipless: dict, stored: dict | None, free: set[str]
 ) -> argparse.Namespace:
@@ -194,14 +209,13 @@ def settle(
         return argparse.Namespace(**stored | dict(out=None) | explicit)  # it may have moved
     settings = demo | (folder if "data" in explicit else {})
     settings |= skipless if "skipless" in explicit else {}
-    settings |= depth_init.COUNTS_ON if explicit.get("init", settings["init"]) == "depth" else {}
-    settings |= explicit
-    if isinstance(settings["lr"], dict):  # by optimizer
-        settings["lr"] = settings["lr"][settings["opt"]]
+    init = picked((settings | explicit)["init"], settings | explicit)
+    settings |= identity_init.COUNTS_ON if init == "identity" else {}
+    settings |= dict(init=init) | explicit
+    settings["lr"] = picked(settings["lr"], settings)
     settings["depth"] = settings["depth"] or PRESETS[settings["model"]]["depth"]
-    used = dict(paper=["alpha", "beta", "c"], depth=["c"], default=[])[settings["init"]]
     for name in ("alpha", "beta", "c"):
-        if name in explicit and name not in used:
+        if name in explicit and settings["init"] != "paper":
             fail(f"--{name} is not part of --init {settings['init']}; leave it out")
     if settings["drop_path"] and settings["skipless"]:
         fail("--drop-path needs skip connections: leave it out with --skipless")

@@ -496,7 +496,7 @@ def picture(args: argparse.Namespace, models: dict[str, ViT]) -> None:
         sizes, scenes = load_scenes(args, models, "shown")
     files.make_folder(args.out)
     cell, columns = 1.3, 1 + 2 * max(map(len, blocks.values()))  # inches
-    tall = [1 + (0.4 + cell * h / w) * len(scenes.names) for h, w in sizes.values()]
+    tall = [0.8 + (0.25 + cell * h / w) * len(scenes.names) for h, w in sizes.values()]
     figure = plt.figure(figsize=(cell * columns, sum(tall)), layout="constrained")
     parts = figure.subfigures(len(models), 1, height_ratios=tall, squeeze=False)[:, 0]
     for part, (name, model) in zip(parts, models.items()):

@@ -45,10 +45,11 @@ PRESETS = {
 class Attention(nn.Module):
     """Multi-head self-attention with its four projections apart, so they read like the equations.
 
-    Shapes: (batch, token, dim) -> (batch, token, dim).
+    diagonal_bias: a learnable number a head, added to each token's logit with itself
+    (`identity_init.py` uses it). Shapes: (batch, token, dim) -> (batch, token, dim).
     """
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int, diagonal_bias: bool = False):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"num_heads must divide dim: dim {dim}, num_heads {num_heads}")
@@ -57,6 +58,7 @@ class Attention(nn.Module):
         self.W_K = nn.Linear(dim, dim)
         self.W_V = nn.Linear(dim, dim)
         self.W_O = nn.Linear(dim, dim)
+        self.diagonal_bias = nn.Parameter(torch.zeros(num_heads)) if diagonal_bias else None
 
     def queries_keys_values(self, x: Tensor) -> Tensor:
         """(batch, token, dim) -> q, k, v stacked, (3, batch, head, token, d_h)."""
@@ -67,14 +69,22 @@ class Attention(nn.Module):
         qkv = "batch token (three head dim) -> three batch head token dim"
         return rearrange(F.linear(x, W, b), qkv, three=3, head=self.num_heads)
 
+    def logit_bias(self, q: Tensor) -> Tensor | None:
+        """b I for each head, (head, token, token), for q of (batch, head, token, d_h)."""
+        if self.diagonal_bias is not None:
+            identity = torch.eye(q.shape[-2], dtype=q.dtype, device=q.device)
+            return self.diagonal_bias.to(q.dtype)[:, None, None] * identity
+
     def weights(self, x: Tensor) -> Tensor:
         """The attention matrices softmax(q k^T / sqrt(d_h)), (batch, head, token, token)."""
         q, k, _ = self.queries_keys_values(x)
-        return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)
+        logits, bias = q @ k.mT / math.sqrt(q.shape[-1]), self.logit_bias(q)
+        return (logits if bias is None else logits + bias).softmax(dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.queries_keys_values(x)
-        y = F.scaled_dot_product_attention(q, k, v)  # weights(x) @ v, without forming weights(x)
+        # weights(x) @ v, without forming weights(x)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.logit_bias(q))
         return self.W_O(rearrange(y, "batch head token dim -> batch token (head dim)"))
 
 
@@ -97,13 +107,20 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float, residual: bool, drop_path: float = 0.0
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        residual: bool,
+        drop_path: float = 0.0,
+        diagonal_bias: bool = False,
+        norm_affine: bool = True,
     ):
         super().__init__()
         self.residual = residual
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attention = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=norm_affine)
+        self.attention = Attention(dim, num_heads, diagonal_bias)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=norm_affine)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
         # Dropping a sub-block leaves the skip; without a skip nothing would be left of the image.
         self.drop_path = StochasticDepth(drop_path, "row") if drop_path else nn.Identity()
@@ -134,6 +151,8 @@ class ViT(nn.Module):
             positions once and never again, learns faster from a larger value.
         drop_path: stochastic depth rate of the last block, growing linearly from 0 at the first;
             only with skips.
+        diagonal_bias, norm_affine: see `Attention`; whether the blocks' LayerNorms have a gain and
+            a shift to learn. The defaults are the standard ViT, `identity_init.py` wants others.
 
     Input (batch, channel, height, width), output (batch, num_classes).
 
@@ -155,6 +174,8 @@ class ViT(nn.Module):
         pool: str = "cls",
         pos_embed_std: float = 0.02,
         drop_path: float = 0.0,
+        diagonal_bias: bool = False,
+        norm_affine: bool = True,
         in_channels: int = 3,
     ):
         super().__init__()
@@ -174,8 +195,10 @@ class ViT(nn.Module):
         self.patch_embed = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if pool == "cls" else None
         self.pos_embed = nn.Parameter(torch.zeros(1, n, dim))
-        rates = torch.linspace(0, drop_path, depth).tolist()
-        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, residual, r) for r in rates)
+        self.blocks = nn.ModuleList(
+            Block(dim, num_heads, mlp_ratio, residual, rate, diagonal_bias, norm_affine)
+            for rate in torch.linspace(0, drop_path, depth).tolist()
+        )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
         self.default_init_()

@@ -7,11 +7,11 @@ import argparse
 
 import torch
 
+import identity_init
 from cli import fail
-from depth_init import COUNTS_ON, depth_init_
 from minskip import PRESETS, ViT, conditioned_init_
 
-ARMS = ["residual", "skipless-default", "skipless-paper", "skipless-depth"]
+ARMS = ["residual", "skipless-default", "skipless-paper", "skipless-identity"]
 
 
 def arm_of(skipless: bool, init: str) -> str:
@@ -25,8 +25,8 @@ def initialise_(model: ViT, init: str, alpha: float, beta: float, c: float) -> V
     """The weights that --init asks for, in place; a `ViT` is born with the default ones."""
     if init == "paper":
         conditioned_init_(model, alpha, beta, c)
-    elif init == "depth":
-        depth_init_(model, c)
+    elif init == "identity":
+        identity_init.identity_init_(model)
     return model
 
 
@@ -42,6 +42,7 @@ def build_vit(args: argparse.Namespace, num_classes: int) -> ViT:
             pool=args.pool,
             pos_embed_std=args.pos_embed_std,
             drop_path=args.drop_path,
+            **(identity_init.NEEDS if args.init == "identity" else {}),
         )
         return initialise_(model, args.init, args.alpha, args.beta, args.c)
     except ValueError as error:
@@ -51,7 +52,8 @@ def build_vit(args: argparse.Namespace, num_classes: int) -> ViT:
 def fresh_arm(arm: str, alpha: float = 2.0, beta: float = 0.6, c: float = 3.0, **shape) -> ViT:
     """A fresh network of an arm. shape: `ViT`'s arguments; by default what the init counts on."""
     init = arm.removeprefix("skipless-") if arm != "residual" else "default"
-    shape = (COUNTS_ON if init == "depth" else {}) | shape
+    if init == "identity":
+        shape = identity_init.COUNTS_ON | identity_init.NEEDS | shape
     try:
         model = ViT(**shape, residual=arm == "residual")
         return initialise_(model, init, alpha, beta, c)

@@ -15,7 +15,7 @@ ARM_COLOURS = {
     "residual": "#0072B2",
     "skipless-default": "#D55E00",
     "skipless-paper": "#009E73",
-    "skipless-depth": "#CC79A7",
+    "skipless-identity": "#CC79A7",
 }
 OTHER_COLOURS = ["#E69F00", "#56B4E9", "#000000", "#999999"]
 

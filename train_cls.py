@@ -89,9 +89,15 @@ FOLDER = dict(  # --data, with ImageNet in mind
     drop_path=0.1,
     workers=cli.CORES,
 )
-SKIPLESS = dict(  # --skipless, over either
-    init="paper",
-    lr=dict(soap=1e-3, adamw=2e-4),  # a step changes all that follows, as no skip carries x past it
+SKIPLESS = dict(  # --skipless, over either; the paper's init where it was published
+    init=dict(nano="identity", tiny="identity", small="identity", base="paper", large="identity"),
+    # A step changes all that follows, as no skip carries x past it: only the identity init stands
+    # a residual network's rate.
+    lr=dict(
+        identity=dict(soap=5e-3, adamw=2e-3),
+        paper=dict(soap=1e-3, adamw=2e-4),
+        default=dict(soap=3e-4, adamw=2e-4),
+    ),
     drop_path=0.0,  # a dropped sub-block would leave nothing
 )
 SHAPES_TRAIN, SHAPES_VAL = 20_000, 2_000

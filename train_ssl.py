@@ -94,10 +94,18 @@ FOLDER = dict(  # --data, with ImageNet in mind
     knn_every=10,
     workers=cli.CORES,
 )
-SKIPLESS = dict(  # --skipless, over either
-    init="paper",
-    lr=dict(soap=5e-4, adamw=3e-4),
-    drop_path=0.0,  # a dropped sub-block would leave nothing
+SKIPLESS = (
+    dict(  # --skipless, over either; the paper's init where it was published, ViT-S with DINO
+        init=dict(
+            nano="identity", tiny="identity", small="paper", base="identity", large="identity"
+        ),
+        lr=dict(
+            identity=dict(soap=3e-3, adamw=2e-3),
+            paper=dict(soap=5e-4, adamw=3e-4),
+            default=dict(soap=5e-4, adamw=3e-4),
+        ),
+        drop_path=0.0,  # a dropped sub-block would leave nothing
+    )
 )
 # DINO's, for every run
 LAST_LR = 1e-6

@@ -194,6 +194,7 @@ def finished(image_root, tmp_path_factory):
     """A folder with one finished skipless run, and what the run printed."""
     folder = tmp_path_factory.mktemp("finished")
     args = ["--data", image_root, "--skipless", "--ema", "0.9", "--out", "runs/a", *SMALL]
+    args += ["--init", "paper"]
     done = run_script("train_cls.py", *args, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
@@ -237,12 +238,13 @@ def test_folders_are_named_after_the_settings(finished, image_root):
     "words, expected",
     [
         ("", dict(init="default", lr=5e-3, depth=12, pool="cls", epochs=4, alpha=2.0)),
-        ("--skipless", dict(init="paper", lr=1e-3, drop_path=0.0, beta=0.6, c=3.0)),
-        ("--skipless --opt adamw", dict(lr=2e-4)),
+        ("--skipless", dict(init="identity", lr=5e-3, drop_path=0.0, pool="mean")),
+        ("--skipless --init paper", dict(lr=1e-3, pool="cls", beta=0.6, c=3.0)),
+        ("--skipless --init default --opt adamw", dict(lr=2e-4, pos_embed_std=0.5)),
         ("--data x", dict(model="base", lr=3e-3, drop_path=0.1, batch_size=1024)),
-        ("--data x --skipless --lr 1", dict(lr=1.0, drop_path=0.0, pos_embed_std=0.02)),
-        ("--skipless --init depth", dict(pool="mean", pos_embed_std=1.0, lr=1e-3)),
-        ("--skipless --init depth --pool cls", dict(pool="cls", pos_embed_std=1.0)),
+        ("--data x --skipless --lr 1", dict(init="paper", lr=1.0, drop_path=0.0, c=3.0)),
+        ("--data x --skipless --model small", dict(init="identity", pos_embed_std=0.5)),
+        ("--skipless --pool cls", dict(init="identity", pool="cls", pos_embed_std=0.5)),
         ("--model large", dict(depth=24)),
     ],
 )
@@ -257,7 +259,7 @@ def test_help_names_every_default(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         train_cls.parse_arguments()
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("[4, --data 300]", "[64, --data 1024]", "[default, --skipless paper]"):
+    for words in ("[4, --data 300]", "[64, --data 1024]", "[0.5, --data 0.02]"):
         assert words in text
     shown = {line.split()[0] for line in re.findall(r"(--[\w-]+) ", text)}
     assert {f"--{name.replace('_', '-')}" for name in train_cls.DEMO} <= shown
@@ -268,7 +270,7 @@ def test_the_demo_uses_synthetic_images(tmp_path):
     done = run_script("train_cls.py", *flags.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Shapes: 20000 training images" in done.stdout
-    assert (tmp_path / "runs/cls-nano-skipless-paper-soap-seed0/log.jsonl").exists()
+    assert (tmp_path / "runs/cls-nano-skipless-identity-soap-seed0/log.jsonl").exists()
 
 
 # ---- interruption --------------------------------------------------------------------------------
@@ -410,9 +412,10 @@ BAD_FLAGS = {
     "--data {root} --device mps": "is not known here; use auto, cpu, cuda",
     "--data {root} --skipless --drop-path 0.1": "leave it out with --skipless",
     "--data {root} --alpha 1": "--alpha is not part of --init default",
-    "--data {root} --skipless --init depth --beta 1": "--beta is not part of --init depth",
-    "--data {root} --skipless --c 0": "--c: must be positive; it is 0",
-    "--data {root} --skipless --alpha 0 --beta 0": "c and at least one of alpha and beta",
+    "--data {root} --skipless --beta 1": "--beta is not part of --init identity",
+    "--data {root} --skipless --pool cls --model tiny --depth 0": "--depth: must be at least 1",
+    "--data {root} --skipless --init paper --c 0": "--c: must be positive; it is 0",
+    "--data {root} --skipless --init paper --alpha 0 --beta 0": "c and at least one of alpha and beta",
     "--data {root} --warmup-epochs 2": "must be less than --epochs",
     "--data {root} --lr 0": "--lr: must be positive",
     "--data {root} --pos-embed-std inf": "must not be negative; it is inf",

@@ -365,7 +365,16 @@ def finished(image_root, tmp_path_factory):
     """A folder with a skipless run on five classes of real files, and what it printed."""
     folder = tmp_path_factory.mktemp("ssl")
     done = run_script(
-        "train_ssl.py", "--data", image_root, *RUN, "--skipless", "--out", "run", cwd=folder
+        "train_ssl.py",
+        "--data",
+        image_root,
+        *RUN,
+        "--skipless",
+        "--init",
+        "paper",
+        "--out",
+        "run",
+        cwd=folder,
     )
     assert done.returncode == 0, done.stderr
     return folder, done.stdout

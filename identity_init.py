@@ -1,0 +1,120 @@
+"""An init of our own, not the paper's: each block starts as the identity and keeps room to learn.
+
+A skip gives a block two things: what came in goes out, and what the block adds is free. Without
+skips the weights themselves have to do both, in five steps:
+
+  identity    what a block is to pass on, its weights pass on exactly; a product of L blocks that
+              are nearly the identity loses nothing, and so nothing dies on the way back either.
+  MLP         GELU(z) - GELU(-z) = z, for every z. Hidden units in mirrored pairs carry the input:
+                  W_1 = [g F, -g F, S_1],   W_2 = [g F^T; -g F^T; S_2],   F F^T = I
+                  MLP(x) = g^2 x + GELU(x S_1) S_2
+              It takes 2 d of the H hidden units; the rest, S_1 and S_2, is free to learn features
+              as in a residual network. (For ReLU: the looks-linear init of Balduzzi et al. 2017.)
+  keepers     a head whose attention is the diagonal passes tokens on, but then fetches nothing. A
+              bias b on the diagonal of its logits, one learnable number, gives the own share
+                  delta = e^b / (e^b + n - 1)
+              exactly (the start of U-SPA, He et al. 2023). Its W_V and W_O are c I on its own
+              coordinates.
+  fetchers    a head that brings context cannot also keep a token's own content: both would go
+              through one value map. So a quarter of the heads attend uniformly (b = 0), read a
+              random projection of all coordinates, and write where no keeper writes.
+  no gains    a block's LayerNorms have no gain and shift: they would multiply what the blocks pass
+              on, 2 L times, where in a residual network they only touch the branch.
+
+Every constant, d = dim, L = depth:
+
+  g = sqrt(d)           pairs have entries of variance 1: a step of size lr, as Adam's and SOAP's
+                        are, changes them by lr relative to what they carry
+  c = 8 sqrt(d)         keepers move eight times more slowly than pairs (a choice, measured)
+  std of S = 1/sqrt(L)  at H = 4 d the free part of an MLP is then 1/L of the identity
+  delta = 1 - 1/(16 L)  over all blocks a token gives up 1/16 of itself to the mean of the others
+
+Ours, not the paper's: what it reaches, beside the paper's and a residual network, is in the README.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from minskip import blocks_of, set_
+
+COUNTS_ON = dict(pool="mean", pos_embed_std=0.5)  # flags
+NEEDS = dict(diagonal_bias=True, norm_affine=False)  # of the network
+
+
+# --------------------------------------------------------------------------------------------------
+# Three functions. Copy any of them; `import math, torch` is all they need.
+# They return W for y = x W in float32; into an nn.Linear goes W.T.
+# --------------------------------------------------------------------------------------------------
+
+
+def keepers_and_fetchers(
+    dim: int, num_heads: int, generator: torch.Generator | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """W_V and W_O, each (dim, dim): c I, but for the last quarter of the heads, which read
+    everything: their columns of W_V are c times a random orthonormal frame."""
+    c, kept = 8 * math.sqrt(dim), dim - max(1, num_heads // 4) * (dim // num_heads)
+    W_V, W_O = c * torch.eye(dim), c * torch.eye(dim)
+    frame = torch.empty(dim, dim - kept)
+    W_V[:, kept:] = c * torch.nn.init.orthogonal_(frame, generator=generator)
+    return W_V, W_O
+
+
+def own_token_bias(num_heads: int, tokens: int, depth: int) -> torch.Tensor:
+    """b of each head, (num_heads,): delta = 1 - 1/(16 L) of its own for keepers, 0 for fetchers."""
+    delta = 1 - 1 / (16 * depth)
+    b = torch.full((num_heads,), math.log(max(tokens - 1, 1) * delta / (1 - delta)))
+    b[num_heads - max(1, num_heads // 4) :] = 0
+    return b
+
+
+def mirrored_pairs(
+    dim: int, hidden: int, depth: int, generator: torch.Generator | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """W_1, (dim, hidden), and W_2, (hidden, dim), of an MLP that starts as d x + (free units)."""
+    if hidden < 2 * dim:
+        raise ValueError(f"mirrored pairs take 2 x {dim} hidden units; there are {hidden}")
+    F = torch.nn.init.orthogonal_(torch.empty(dim, dim), generator=generator)
+    S_1 = torch.randn(dim, hidden - 2 * dim, generator=generator) / math.sqrt(depth)
+    S_2 = torch.randn(hidden - 2 * dim, dim, generator=generator) / math.sqrt(depth)
+    g = math.sqrt(dim)
+    return torch.cat([g * F, -g * F, S_1], dim=1), torch.cat([g * F.T, -g * F.T, S_2])
+
+
+# --------------------------------------------------------------------------------------------------
+# ... put into a ViT
+# --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def identity_init_(model: nn.Module, generator: torch.Generator | None = None) -> nn.Module:
+    """Re-initialise every block of a `minskip.ViT`, in place, by the equations above.
+
+    model: built with diagonal_bias=True and norm_affine=False. W_Q and W_K keep their small default
+    init; biases become zero. generator: the random numbers, on the CPU [torch's global one].
+    Returns the model.
+
+    Raises:
+        TypeError: a model whose blocks do not look like ours, or without the diagonal bias.
+        ValueError: MLPs with fewer than 2 d hidden units, or a single head, which cannot both keep
+            and fetch.
+    """
+    blocks = blocks_of(model)
+    for block in blocks:
+        attention, fc1, fc2 = block.attention, block.mlp.fc1, block.mlp.fc2
+        d, heads = fc1.in_features, attention.num_heads
+        if attention.diagonal_bias is None:
+            raise TypeError("identity_init_ needs a ViT built with diagonal_bias=True")
+        if heads < 2:
+            raise ValueError("the identity init needs two heads or more: one keeps, one fetches")
+        W_V, W_O = keepers_and_fetchers(d, heads, generator)
+        W_1, W_2 = mirrored_pairs(d, fc1.out_features, len(blocks), generator)
+        set_(attention.W_V, W_V)
+        set_(attention.W_O, W_O)
+        set_(fc1, W_1)
+        set_(fc2, W_2)
+        attention.diagonal_bias.copy_(own_token_bias(heads, model.pos_embed.shape[1], len(blocks)))
+        nn.init.zeros_(attention.W_Q.bias)
+        nn.init.zeros_(attention.W_K.bias)
+    return model
