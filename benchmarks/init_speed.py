@@ -3,8 +3,9 @@
     python benchmarks/init_speed.py
     python benchmarks/init_speed.py --models base --repeats 9
 
-Each is timed on one block, in turns, and multiplied by the depth. What counts is the median of the
-repeats; the ratio depends on the machine, its threads and what else it does.
+Each is timed on one block, in turns, and multiplied by the depth: medians, and the range of the
+ratio. All of it depends on the machine, its threads and what else runs there (on a busy machine
+OMP_NUM_THREADS=1 is many times faster).
 """
 
 import argparse
@@ -50,12 +51,11 @@ def main() -> None:
     p.add_argument("--models", nargs="+", choices=list(PRESETS), default=sizes, help="[S, B, L]")
     p.add_argument("--repeats", type=cli.count, default=5, help="of each [5]")
     args = p.parse_args()
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {args.repeats}"
-    )
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.repeats} repeats")
     for name in args.models:
         dim, depth, heads = PRESETS[name].values()
         block = ViT(dim=dim, depth=1, num_heads=heads, residual=False)
+        conditioned_init_(block)  # the first call also sets libraries up
         times = [
             [depth * seconds(conditioned_init_, block), depth * seconds(an_svd_a_head, dim, heads)]
             for _ in range(args.repeats)

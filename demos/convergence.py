@@ -102,12 +102,9 @@ def compare(ax: plt.Axes, correlation: float, factor: float, seeds: int, limit: 
                 exact = linear_head_losses(Z, Y, singular[0].item() ** -2, len(losses) - 1)
                 label = f"{name}: a linear head on Z alone, exact"
                 ax.plot(exact / exact[0], ":", color=colour, lw=1.4, label=label)
-        print(
-            f"    {name:<12}  kappa(Z) {min(kappas):.2g} .. {max(kappas):.2g}, steps to 1e-3 of the "
-            f"first loss {min(steps[skip])} .. {max(steps[skip])}"
-            + f" (limit {limit})"
-            * (max(steps[skip]) > limit)
-        )
+        reached = f"{min(steps[skip])} .. {max(steps[skip])}"
+        reached += f" (limit {limit})" * (max(steps[skip]) > limit)
+        print(f"    {name:<12}  kappa of Z {min(kappas):.2g} .. {max(kappas):.2g}, steps {reached}")
     ratio = [a / b for a, b in zip(steps[False], steps[True])]
     print(f"    the skip makes it {min(ratio):.2f} .. {max(ratio):.2f} times faster")
 
@@ -122,7 +119,7 @@ def main() -> None:
     files.make_folder(args.out)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     for ax, (title, (correlation, factor)) in zip(axes, SETTINGS.items()):
-        print(f"{title}: {TOKENS} tokens of width {DIM}, {args.seeds} seeds")
+        print(f"{title}; steps to 1e-3 of the first loss, {args.seeds} seeds")
         compare(ax, correlation, factor, args.seeds, args.limit)
         ax.set(xscale="log", yscale="log", ylim=(5e-4, 1.5), xlabel="step of gradient descent")
         pictures.tidy(ax, title)

@@ -2,43 +2,87 @@
 
 import importlib.util
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import ROOT, assert_fails_in_one_line, run_script
+from conftest import ROOT, assert_fails_in_one_line, run_here, script_environment
 from torch import nn
 
 from minskip import PRESETS
 
 SMALLEST = {
-    "init_speed": "--models nano --repeats 1",
-    "soap_speed": "--model nano --tens 2 --device cpu",
-    "step_speed": "--models nano --image-size 16 --batch-size 2 --steps 2 --warmup 1 --device cpu",
+    "benchmarks/init_speed.py": "--models nano --repeats 3",
+    "benchmarks/soap_speed.py": "--model nano --tens 2 --device cpu",
+    "benchmarks/step_speed.py": "--models nano --image-size 16 --batch-size 2 --steps 2 --device cpu",
+    "experiments/sweep.py": "--table .",
 }
+DRIVER = """
+import runpy, sys
+path = list(sys.path)
+for line in sys.stdin:
+    sys.argv = line.split()
+    sys.path[:] = [sys.argv[0].rpartition("/")[0], *path[1:]]  # as `python SCRIPT` has it
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(ROOT):
+            del sys.modules[name]
+    print("ran", sys.argv[0], flush=True)
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as ended:
+        print("exit code", ended.code, flush=True)
+"""
 NUMBER = r"\d+\.\d+"
 SPREAD = rf"({NUMBER}) \(({NUMBER}) \.\. ({NUMBER})\)"
 
 
 def load(name: str):
-    pytest.importorskip("timm")
+    for package in ("timm", "pytorch_optimizer"):
+        pytest.importorskip(package)
     spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-@pytest.mark.parametrize("name", SMALLEST)
-def test_it_runs_from_anywhere_and_says_on_what(name, tmp_path):
-    pytest.importorskip(dict(soap_speed="pytorch_optimizer", step_speed="timm").get(name, "torch"))
-    done = run_script(f"benchmarks/{name}.py", *SMALLEST[name].split(), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert f"torch {torch.__version__}" in done.stdout and "1 threads" in done.stdout
-    assert "cpu" in done.stdout or name == "init_speed"
-    spreads = re.findall(SPREAD, done.stdout)
-    assert len(spreads) == (2 if name == "step_speed" else 1), done.stdout
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory) -> dict[str, str]:
+    """Script -> what it prints when run elsewhere than in the repository; one process for all,
+    which before each forgets what it imported from here: importing torch takes seconds."""
+    for package in ("timm", "pytorch_optimizer"):
+        pytest.importorskip(package)
+    environment = {k: v for k, v in script_environment().items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", f"ROOT = {str(ROOT) + '/'!r}\n" + DRIVER],
+        input="".join(f"{ROOT / script} {words}\n" for script, words in SMALLEST.items()),
+        cwd=tmp_path_factory.mktemp("elsewhere"),
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=200,
+    )
+    parts = done.stdout.split("ran ")[1:]
+    assert len(parts) == len(SMALLEST), done.stdout
+    return dict(zip(SMALLEST, parts))
+
+
+@pytest.mark.parametrize("script", [x for x in SMALLEST if x.startswith("bench")])
+def test_it_runs_from_anywhere_and_says_on_what(script, printed):
+    out = printed[script]
+    assert "exit code" not in out and f"torch {torch.__version__}" in out and "1 threads" in out
+    assert "cpu" in out or "init" in script
+    spreads = re.findall(SPREAD, out)
+    assert len(spreads) == (2 if "step" in script else 1), out
     for middle, low, high in spreads:
         assert 0 < float(low) <= float(middle) <= float(high)
-    assert max(map(len, done.stdout.splitlines())) <= 100
+    assert max(map(len, out.splitlines()[1:])) <= 100
+
+
+def test_the_sweep_starts_from_anywhere(printed):
+    out = printed["experiments/sweep.py"]
+    assert "error: --table .: no sweep.json in it" in out and "exit code 2" in out
 
 
 def test_the_plain_init_has_the_paper_s_weights():
@@ -46,6 +90,7 @@ def test_the_plain_init_has_the_paper_s_weights():
     bench = load("init_speed")
     torch.manual_seed(0)
     weights = bench.an_svd_a_head(12, 3, alpha=0.0, beta=2.0)
+    sizes = [(12, 4)] * 6 + [(12, 12)] * 2 + [(12, 48), (48, 12)]
     assert [tuple(w.shape) for w in weights] == [(12, 4)] * 6 + [(12, 12)] * 2 + [
         (12, 48),
         (48, 12),
@@ -93,6 +138,15 @@ def test_a_step_s_time_is_that_of_its_network(monkeypatch):
     assert not torch.equal(before, nets["residual"][1].weight)  # trained
 
 
-def test_what_cannot_be_measured_is_refused(tmp_path):
-    done = run_script("benchmarks/step_speed.py", "--steps", 1, cwd=tmp_path)
-    assert_fails_in_one_line(done, "--steps must be at least 2")
+@pytest.mark.parametrize(
+    "name, words, message",
+    [
+        ("step_speed", "--steps 1", "--steps must be at least 2"),
+        ("step_speed", "--image-size 20", "--image-size a multiple of 16"),
+        ("soap_speed", "--tens 1", "--tens must be at least 2"),
+        ("init_speed", "--repeats 0", "must be at least 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(name, words, message, tmp_path, monkeypatch, capsys):
+    done = run_here(load(name).main, words.split(), tmp_path, monkeypatch, capsys)
+    assert_fails_in_one_line(done, message)

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import json
 import re
 import shlex
 import subprocess
@@ -33,6 +34,7 @@ def printed_commands() -> list[str]:
     ]  # fmt: skip
     for script in SCRIPTS:
         docstring = ast.get_docstring(ast.parse(script.read_text())) or ""
+        docstring = re.sub(r" \\\n +", " ", docstring)
         lines += re.findall(r"^ {2,}((?:python|torchrun) .*?)(?:   .*)?$", docstring, re.M)
     lines = [line.split("#")[0].strip() for line in lines]
     lines = [line for line in lines if line and not line.startswith("git checkout")]
@@ -49,12 +51,13 @@ SHORT = {
     "nano --out {out}",
     "eval_dense.py": "--image-size 24 --out {out}",
     "gradient_flow.py": "--seeds 2 --out {out}",
-    "convergence.py": "--seeds 1 --out {out}",
+    "convergence.py": "--seeds 1 --limit 50 --out {out}",
     "sweep.py": "--classes 2 --arms residual --depths 1 --opts adamw --rates 1e-3 --seeds 0 --epochs 1 "
     "--tune-epochs 1 --work {out}",
-    "soap_speed.py": "--model nano --steps 10",
+    "soap_speed.py": "--model nano --tens 2 --device cpu",
     "init_speed.py": "--models nano --repeats 1",
-    "step_speed.py": "--models nano --steps 2 --batch-size 2",
+    "step_speed.py": "--models tiny --steps 2 --warmup 1 --batch-size 2 --image-size 32 "
+    "--device cpu",
     "pytest": "--collect-only -q -p no:xdist tests/test_files.py",
 }
 
@@ -77,7 +80,17 @@ def things(image_root, tmp_path_factory):
         words = ["--data", image_root, *SMALL, "--depth", "12", "--epochs", "1"]
         words += ["--warmup-epochs", "0", "--out", folder / run]
         assert run_script("train_cls.py", *words, cwd=folder).returncode == 0
+    for kind in ("tune", "full"):
+        log = folder / f"sweep/{kind}/residual-12-soap-lr0.001-seed0/log.jsonl"
+        log.parent.mkdir(parents=True)
+        epochs = {"tune": 3, "full": 5}[kind]
+        row = dict(top1=50.0, val_loss=1.0, lr=1e-3, minutes=1.0, images_per_s=100.0)
+        rows = [json.dumps(dict(epoch=epoch + 1, **row)) for epoch in range(epochs)]
+        log.write_text("\n".join(rows) + "\n")
     return {
+        r"runs/sweep": folder / "sweep",
+        r"runs/a/last\.pt": folder / "a/last.pt",
+        r"runs/b/last\.pt": folder / "b/last.pt",
         r"RUN/last\.pt": folder / "a/last.pt",
         r"OTHER/last\.pt": folder / "b/last.pt",
         r"(/imagenet|DATA|TINY)\b": image_root,
@@ -89,10 +102,10 @@ def things(image_root, tmp_path_factory):
 def shortened(command: str, things: dict, image_root, out) -> list[str]:
     for placeholder, value in things.items():
         command = re.sub(rf"(?<=[ =]){placeholder}", str(value), command)
-    words = shlex.split(command)
+    words = [word for word in shlex.split(command) if word not in ("...", "--compile")]
     if words[0] == "torchrun":
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        words = ["python", *launcher, *[w for w in words[1:] if "--n" not in w and w != "--compile"]]
+        words = ["python", *launcher, *[word for word in words[1:] if "--n" not in word]]
     words[0] = sys.executable
     name = next(w for w in words if w.endswith(".py") or w == "pytest")
     short = SHORT[name.split("/")[-1]].format(data=image_root, out=out).split()
