@@ -34,17 +34,18 @@ def gradients(model: ViT, images, labels) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("ratio", [2, 4, 6])
 def test_the_mlp_is_the_identity_plus_its_free_units(ratio):
-    """GELU(z) - GELU(-z) = z: d x exactly, whatever the gain; the free units are 1/L of it."""
-    d, L = 96, 12
+    """GELU(z) - GELU(-z) = z: g^2 x exactly, whatever the gain; beside it d/L of free units."""
+    d, L = 96, 24
+    g2 = d * L / 12
     block = identity_init_(network(L, dim=d, mlp_ratio=ratio)).blocks[3]
     x = F.layer_norm(torch.randn(500, d), (d,))
     W_1, W_2 = block.mlp.fc1.weight.T, block.mlp.fc2.weight.T
     with torch.no_grad():
         free = F.gelu(x @ W_1[:, 2 * d :]) @ W_2[2 * d :]
-        assert torch.allclose(block.mlp(x) - free, d * x, atol=1e-5 * d)
-    share = free.std().item() / d if ratio > 2 else 1 / L
-    assert share == pytest.approx(math.sqrt((ratio - 2) / 2 or 1) / L, rel=0.15)
-    F_ = W_1[:, :d] / math.sqrt(d)
+        assert torch.allclose(block.mlp(x) - free, g2 * x, atol=1e-5 * g2)
+    if ratio > 2:
+        assert free.std().item() == pytest.approx(math.sqrt((ratio - 2) / 2) * d / L, rel=0.15)
+    F_ = W_1[:, :d] / math.sqrt(g2)
     assert torch.allclose(F_.T @ F_, torch.eye(d), atol=1e-5)
     assert block.mlp.fc1.bias.abs().max() == block.mlp.fc2.bias.abs().max() == 0
 
@@ -56,7 +57,7 @@ def test_keepers_pass_tokens_on_and_fetchers_bring_the_mean(depth, dim, num_head
     attention, n, d_h = model.blocks[1].attention, 16, dim // num_heads
     nn.init.zeros_(attention.W_Q.weight)
     kept = dim - max(1, num_heads // 4) * d_h
-    delta, c2 = 1 - 1 / (16 * depth), 64 * dim
+    delta, c2 = 1 - 1 / (n * depth), dim * dim
     x = F.layer_norm(torch.randn(1, n, dim), (dim,))
     with torch.no_grad():
         y, P = attention(x)[0], attention.weights(x)[0]
@@ -100,7 +101,7 @@ def test_tokens_stay_apart_at_every_depth(depth, dim, num_heads, side, pool):
 
 
 def test_gradients_reach_what_is_to_learn():
-    """Block by block alike, in free units, fetchers and W_Q (the last block is read off directly)."""
+    """Block by block alike, in free units, fetchers and W_Q (but the last)."""
     images, labels, _ = draw_shapes(list(range(8)), 32, "val")
     model = identity_init_(network(24))
     found = gradients(model, normalise(images), labels)
@@ -117,7 +118,7 @@ def test_gradients_reach_what_is_to_learn():
         ("attention.diagonal_bias", slice(None)),
     ):
         values = norms(path, part)
-        assert min(values) > 0 and max(values) < 30 * min(values), path
+        assert min(values) > 0 and max(values) < 60 * min(values), path
     residual = ViT(32, 8, 10, dim=64, depth=24, num_heads=8, pool="mean", pos_embed_std=0.5)
     theirs = gradients(residual, normalise(images), labels)["blocks.12.mlp.fc1.weight"].norm()
     assert 0.02 < found["blocks.12.mlp.fc1.weight"][free].norm() / theirs < 50
