@@ -418,13 +418,12 @@ def test_an_interrupted_run_resumes_exactly(image_root, tmp_path, monkeypatch, c
         return lr_at(step, *rest)
 
     monkeypatch.setattr(engine, "lr_at", lr_and_a_signal)
-    args += ["--workers", "1", "--out", "b"]
-    stopped = run_here(train_ssl.main, args, tmp_path, monkeypatch, capsys)
+    stopped = run_here(train_ssl.main, [*args, "--out", "b"], tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(engine, "lr_at", lr_at)
     assert stopped.returncode == 128 + signal.SIGINT and "continue with --resume" in stopped.stdout
     halfway = load(tmp_path / "b/last.pt")
     assert (halfway["epoch"], halfway["step"]) == (1, 6) and halfway["sums"]["loss"] > 0
-    run_main(train_ssl.main, ["--resume", "b/last.pt"], tmp_path, monkeypatch)
+    run_main(train_ssl.main, ["--resume", "b/last.pt", "--workers", "1"], tmp_path, monkeypatch)
     a, b = (load(tmp_path / f"{name}/last.pt") for name in "ab")
     for key in ("model", "student", "teacher_head"):
         assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
