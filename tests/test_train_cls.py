@@ -121,9 +121,9 @@ OFF = "--mixup 0 --cutmix 0 --label-smoothing 0 --clip-grad 0 --ema 0 --grad-acc
 OFF += "--weight-decay 0 --warmup-epochs 0 --drop-path 0 --lr 0.05 --skipless --init default"
 
 
-@pytest.mark.parametrize("on", [True, False])
+@pytest.mark.parametrize("on, ema", [(True, True), (True, False), (False, False)])
 def test_two_epochs_equal_the_same_steps_by_hand(
-    on, image_root, tmp_path, monkeypatch, float64_sgd
+    on, ema, image_root, tmp_path, monkeypatch, float64_sgd
 ):
     """Every switch on, then every switch off: weights, averages, losses and accuracies."""
     words = [*SMALL, "--data", image_root, "--out", tmp_path, "--batch-size", 20]
@@ -416,7 +416,7 @@ BAD_FLAGS = {
     "--data {root} --skipless --beta 1": "--beta is not part of --init identity",
     "--data {root} --skipless --pool cls --model tiny --depth 0": "--depth: must be at least 1",
     "--data {root} --skipless --init paper --c 0": "--c: must be positive; it is 0",
-    "--data {root} --skipless --init paper --alpha 0 --beta 0": "c and at least one of alpha and beta",
+    "--data {root} --skipless --init paper --alpha 0 --beta 0": "at least one of alpha and beta",
     "--data {root} --warmup-epochs 2": "must be less than --epochs",
     "--data {root} --lr 0": "--lr: must be positive",
     "--data {root} --pos-embed-std inf": "must not be negative; it is inf",
