@@ -461,11 +461,11 @@ def draw_network(part, scenes: Scenes, model: ViT, inputs: Tensor, blocks: list[
     axes[0, 0].set_title("image")
     middle = dict(ha="center", va="center")
     for i, ax in enumerate(axes[:, 0]):
-        ax.imshow(rearrange(scenes.image(i), "colour row col -> row col colour"))
+        ax.imshow(rearrange(scenes.image(i).numpy(), "colour row col -> row col colour"))
     for block, tokens, attention in zip(blocks, axes.T[1:], axes.T[1 + len(blocks) :]):
         tokens[0].set_title(f"tokens,\nblock {block}")
         for ax, x in zip(tokens, token_maps(model, inputs, [block])[0].cpu()):
-            ax.imshow(principal_colours(x))
+            ax.imshow(principal_colours(x).numpy())
             ax.set_xlabel(f"spread {spread_of(x):.1g}")
             if spread_of(x) < ALIKE:
                 ax.text(0.5, 0.5, "tokens\nalike", **middle, transform=ax.transAxes)
@@ -476,7 +476,7 @@ def draw_network(part, scenes: Scenes, model: ViT, inputs: Tensor, blocks: list[
                 ax.set_box_aspect(inputs.shape[2] / inputs.shape[3])
             continue
         for ax, share in zip(attention, class_attention(model, inputs, block).cpu()):
-            ax.imshow(share, vmin=0, cmap="magma")
+            ax.imshow(share.numpy(), vmin=0, cmap="magma")
             ax.set_xlabel(f"peak {float(share.max() / share.mean()):.1f}")
 
 

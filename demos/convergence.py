@@ -103,7 +103,7 @@ def compare(ax: plt.Axes, correlation: float, factor: float, seeds: int, limit: 
                 label = f"{name}: a linear head on Z alone, exact"
                 ax.plot(exact / exact[0], ":", color=colour, lw=1.4, label=label)
         reached = f"{min(steps[skip])} .. {max(steps[skip])}"
-        reached += f" (limit {limit})" * (max(steps[skip]) > limit)
+        reached += f" (limit {limit})" * (max(steps[skip]) == limit)
         print(f"    {name:<12}  kappa of Z {min(kappas):.2g} .. {max(kappas):.2g}, steps {reached}")
     ratio = [a / b for a, b in zip(steps[False], steps[True])]
     print(f"    the skip makes it {min(ratio):.2f} .. {max(ratio):.2f} times faster")

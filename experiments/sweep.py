@@ -303,6 +303,7 @@ def draw(path: Path, curves: dict[tuple, np.ndarray], title: str) -> None:
         [lines[arm]] = ax.plot(epochs, middle, color=colour, marker=".")
         ax.fill_between(epochs, lowest, highest, color=colour, alpha=0.2, linewidth=0)
         ax.set_xlabel("epoch")
+        ax.xaxis.set_major_locator(pictures.MaxNLocator(integer=True))
         pictures.tidy(ax, f"{title}, {depth} blocks, {opt}")
     style = dict(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.legend(lines.values(), lines, **style)
@@ -356,7 +357,7 @@ def show(args: argparse.Namespace) -> None:
         columns = "arm, blocks, optimizer, read, mIoU, range, seeds, untrained, one class"
         write_table(args.work / "probes.md", columns, probes)
     if curves:
-        draw(args.work / "curves.png", curves, metric)
+        draw(args.work / "curves.png", curves, dict(top1="top-1, %", knn="k-NN, %")[metric])
 
 
 # --------------------------------------------------------------------------------------------------

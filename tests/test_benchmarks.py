@@ -15,7 +15,7 @@ from minskip import PRESETS
 SMALLEST = {
     "benchmarks/init_speed.py": "--models nano --repeats 3",
     "benchmarks/soap_speed.py": "--model nano --tens 2 --device cpu",
-    "benchmarks/step_speed.py": "--models nano --image-size 16 --batch-size 2 --steps 2 --device cpu",
+    "benchmarks/step_speed.py": "--models nano --image-size 16 --batch-size 2 --steps 2",
     "experiments/sweep.py": "--table .",
 }
 DRIVER = """
@@ -91,10 +91,7 @@ def test_the_plain_init_has_the_paper_s_weights():
     torch.manual_seed(0)
     weights = bench.an_svd_a_head(12, 3, alpha=0.0, beta=2.0)
     sizes = [(12, 4)] * 6 + [(12, 12)] * 2 + [(12, 48), (48, 12)]
-    assert [tuple(w.shape) for w in weights] == [(12, 4)] * 6 + [(12, 12)] * 2 + [
-        (12, 48),
-        (48, 12),
-    ]
+    assert [tuple(w.shape) for w in weights] == sizes
     for W_Q, W_K in zip(weights[:6:2], weights[1:6:2]):
         singular = torch.linalg.svdvals(W_Q @ W_K.T)
         assert torch.allclose(singular, torch.tensor([2.0] * 4 + [0.0] * 8), atol=1e-5)

@@ -1,461 +1,835 @@
-"""The evaluation of tokens: its figures against counts by hand, its cuts, its one-line errors."""
+"""The three looks at tokens, each against the same computed by hand, and their commands."""
 
 import json
-import re
-import shutil
-import sys
+import math
+from argparse import Namespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
-from einops import rearrange
+from conftest import assert_fails_in_one_line, run_here, run_main, run_script
+from einops import einsum, rearrange
 from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
 
-import common
 import eval_dense
+import files
+import networks
+import pictures
+import scenes
+from data import MEAN, ORDER, STD, mixed_seeds
 from minskip import ViT, conditioned_init_
+from shapes import draw_shapes
+
+CPU = torch.device("cpu")
+SHAPE = dict(patch_size=8, dim=16, depth=2, num_heads=2)
+ARGS = dict(init="paper", alpha=0.7, beta=1.0, c=2.0, seed=3)
 
 
-def command(monkeypatch, *words) -> None:
-    """eval_dense.py as from the command line, in this process: importing takes seconds."""
-    monkeypatch.setattr(sys, "argv", ["eval_dense.py", *map(str, words)])
-    with common.one_line_errors("make --image-size smaller"):
-        eval_dense.main()
-
-
-def save_network(path, pool: str = "cls", residual: bool = False, image_size: int = 16):
+def network(pool: str = "cls", residual: bool = False, image_size: int = 16, **more) -> ViT:
+    """A small network whose every parameter counts: norms with gains, biases not zero."""
     torch.manual_seed(0)
-    shape = dict(width=16, depth=2, heads=2, position_std=0.5)
-    model = ViT(image_size, 8, num_classes=5, **shape, residual=residual, pool=pool)
-    conditioned_init_(model, 0.7, 1.0, 3.0)
-    args = dict(init="conditioned", alpha=0.7, beta=1.0, c=3.0, model="nano", seed=0)
+    shape = SHAPE | dict(pos_embed_std=0.5) | more
+    model = ViT(image_size, num_classes=5, **shape, residual=residual, pool=pool)
+    conditioned_init_(model, 0.7, 1.0, 2.0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return model.eval().requires_grad_(False)
+
+
+def save(path, model: ViT, ema: dict | None = None, **args) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    common.save_checkpoint(
-        path,
-        script="train_cls",
-        args=args,
-        model_config=model.config,
-        model=model.state_dict(),
-        ema=None,
-    )
-    return model.eval()
+    facts = dict(script="train_cls", args=ARGS | args, model_config=model.config, ema=ema)
+    files.save_checkpoint(path, facts | dict(model=model.state_dict()))
 
 
-def make_scenes(root, sizes=((45, 60),), counts=(("train", 8), ("test", 4))):
-    """Streets in miniature: dark ground 0 below, bright 1 above, an ignored 11 along the rim."""
-    generator = np.random.default_rng(0)
-    for split, count in counts:
-        for kind in ("images", "masks"):
-            (root / split / kind).mkdir(parents=True)
-        for i in range(count):
-            height, width = sizes[i % len(sizes)]
-            mask = np.zeros((height, width), np.uint8)
-            mask[: height // 2 + i] = 1
-            image = 60 + 120 * mask[..., None] + generator.integers(0, 30, (height, width, 3))
-            mask[:, :2] = 11
-            Image.fromarray(image.astype(np.uint8)).save(root / split / "images" / f"{i}.jpg")
-            Image.fromarray(mask).save(root / split / "masks" / f"{i}.png")
-    return root
+def normed(images: Tensor) -> Tensor:
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
+    return (images.float() / 255 - mean) / std
 
 
-@pytest.fixture(scope="module")
-def here(tmp_path_factory):
-    """A folder with runs/a/last.pt, runs/mean/last.pt and scenes/."""
-    folder = tmp_path_factory.mktemp("dense")
-    save_network(folder / "runs/a/last.pt")
-    save_network(folder / "runs/mean/last.pt", pool="mean", residual=True)
-    make_scenes(folder / "scenes")
-    return folder
+def some_inputs(height: int = 16, width: int = 24, count: int = 3) -> Tensor:
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
-# ---- scores --------------------------------------------------------------------------------------
+def parsed(monkeypatch, *words) -> Namespace:
+    monkeypatch.setattr("sys.argv", ["eval_dense.py", *map(str, words)])
+    args = eval_dense.parse_arguments()
+    args.device = CPU
+    return args
 
 
-def test_scores_equal_a_count_by_hand():
-    truth = torch.tensor([[0, 0, 0, 1], [1, 1, 2, 255]])
-    prediction = torch.tensor([[0, 0, 1, 1], [1, 0, 1, 2]])
-    matrix = eval_dense.confusion(prediction, truth, classes=4, ignore=255)
-    assert matrix.tolist() == [[2, 1, 0, 0], [1, 2, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
-    scores = eval_dense.scores(matrix)
-    # class 0: 2 of 4, class 1: 2 of 5, class 2: 0 of 1, class 3 nowhere, so not in the mean
-    assert scores["iou"] == [50.0, pytest.approx(40.0), 0.0, None]
-    assert scores["miou"] == pytest.approx(30.0)
-    assert scores["accuracy"] == pytest.approx(100 * 4 / 7)
+# ---- what is read off a network ------------------------------------------------------------------
 
 
-def test_ignored_pixels_change_nothing():
-    generator = torch.Generator().manual_seed(0)
-    truth, prediction = (torch.randint(0, 3, (9, 9), generator=generator) for _ in range(2))
-    truth[:, :3] = 7
-    matrix = eval_dense.confusion(prediction, truth, 3, ignore=7)
-    prediction[:, :3] = 2
-    assert torch.equal(matrix, eval_dense.confusion(prediction, truth, 3, ignore=7))
-    assert matrix.sum() == 54
+def tokens_by_hand(model: ViT, images: Tensor) -> list[Tensor]:
+    """Tokens after the embedding, the first block, the second."""
+    tokens = [model.embed(images)]
+    for block in model.blocks:
+        tokens.append(block(tokens[-1]))
+    return tokens
 
 
-def test_the_probe_is_blind_to_what_masks_ignore():
-    torch.manual_seed(0)
-    features = torch.randn(6, 5, 2, 2).half()
-    masks = [torch.randint(0, 2, (10, 12), dtype=torch.uint8) for _ in range(6)]
-    for mask in masks:
-        mask[:4] = 9
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_token_maps_are_normed_patch_tokens_of_the_blocks_in_the_order_asked(pool):
+    model, images = network(pool), some_inputs()
+    maps = eval_dense.token_maps(model, images, [2, 0, 1])
+    tokens = tokens_by_hand(model, images)
+    for number, found in zip([2, 0, 1], maps):
+        x = tokens[number]
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+        x = (x * model.norm.weight + model.norm.bias)[:, -6:]  # 2 x 3 patches
+        assert found.shape == (3, 16, 2, 3)
+        for row in range(2):
+            for column in range(3):
+                assert torch.allclose(found[:, :, row, column], x[:, 3 * row + column], atol=1e-5)
 
-    def weight(ignore_as):
-        ids = [torch.where(m == 9, ignore_as, m) for m in masks]
-        probe = eval_dense.train_probe(features, ids, 2, ignore_as, 2, 0, torch.device("cpu"))
-        return probe[1].weight
 
-    assert torch.equal(weight(9), weight(200))
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_keys_are_those_the_last_attention_computes(pool):
+    model, images = network(pool), some_inputs()
+    last = model.blocks[1]
+    x = last.norm1(tokens_by_hand(model, images)[1])[:, -6:]
+    keys = x @ last.attention.W_K.weight.T + last.attention.W_K.bias
+    assert torch.allclose(eval_dense.last_keys(model, images), keys, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_class_attention_is_the_softmax_row_of_the_class_token(number):
+    model, images = network(), some_inputs()
+    a, norm = model.blocks[number - 1].attention, model.blocks[number - 1].norm1
+    x = norm(tokens_by_hand(model, images)[number - 1])
+    expected = 0
+    for head in (slice(0, 8), slice(8, 16)):
+        q = x[:, 0] @ a.W_Q.weight[head].T + a.W_Q.bias[head]
+        k = x @ a.W_K.weight[head].T + a.W_K.bias[head]
+        logits = einsum(q, k, "b dim, b token dim -> b token") / math.sqrt(8)
+        expected = expected + logits.softmax(dim=-1)[:, 1:] / 2
+    share = eval_dense.class_attention(model, images, number)
+    assert share.shape == (3, 2, 3)
+    assert torch.allclose(share.flatten(1), expected, atol=1e-6)
 
 
 # ---- the probe -----------------------------------------------------------------------------------
 
 
-def test_a_probe_on_patches_beats_the_majority_on_shapes():
-    images, _, masks = common.draw_shapes(list(range(120)), 32, "train")
-    masks = list((masks > 0).to(torch.uint8))
-    x = common.normalise(images)
-    patches = rearrange(x, "b c (row p) (col q) -> b (c p q) row col", p=8, q=8).half()
-    cpu = torch.device("cpu")
-    probe = eval_dense.train_probe(patches[:90], masks[:90], 2, 255, 5, 0, cpu)
-    matrix = eval_dense.measure_probe(probe, patches[90:], masks[90:], 2, 255, cpu)
-    scenes = [eval_dense.Scenes([], None, [], m) for m in (masks[:90], masks[90:])]
-    best, baseline = eval_dense.majority(*scenes, classes=2, ignore=255)
-    assert best == 0
-    assert eval_dense.scores(matrix)["miou"] > baseline["miou"] + 10
-    share = torch.stack(masks[90:]).float().mean()
-    assert baseline["accuracy"] == pytest.approx(100 * (1 - share.item()))
+def bilinear_by_hand(logits: Tensor, size) -> Tensor:
+    """(class, row, column) -> (class, *size): between the centres of patches, edges continued."""
+    for axis, wanted in ((1, size[0]), (2, size[1])):
+        given = logits.shape[axis]
+        at = ((torch.arange(wanted) + 0.5) * given / wanted - 0.5).clamp(0, given - 1).double()
+        low = at.floor().long()
+        high, share = (low + 1).clamp(max=given - 1), (at - low).view([-1, 1][: 3 - axis])
+        parts = logits.index_select(axis, low), logits.index_select(axis, high)
+        logits = parts[0] * (1 - share) + parts[1] * share
+    return logits
 
 
-def test_masks_of_several_sizes_are_judged_at_their_own_resolution():
-    """Class 0 in the upper three rows of tokens, 1 in the lower three, at whatever resolution."""
-    sizes = [(45, 60), (30, 21), (45, 60), (7, 90)]
-    features = torch.zeros(len(sizes), 4, 6, 8)
-    features[:, 0, 3:] = 1
-    masks = []
-    for height, width in sizes:
-        mask = torch.zeros(height, width, dtype=torch.uint8)
-        mask[round(height / 2) :] = 1
-        masks.append(mask)
-    cpu = torch.device("cpu")
-    probe = eval_dense.train_probe(features.half(), masks, 2, 255, 20, 0, cpu)
-    matrix = eval_dense.measure_probe(probe, features.half(), masks, 2, 255, cpu)
-    assert matrix.sum() == sum(height * width for height, width in sizes)  # every pixel judged
-    assert eval_dense.scores(matrix)["accuracy"] > 95
+def train_by_hand(features: list[Tensor], masks: list[Tensor], seed: int, epochs: int):
+    """(weight, bias, running mean, running variance) after AdamW's steps, in float64."""
+    torch.manual_seed(seed)
+    conv = torch.nn.Conv2d(3, 2, 1)
+    values = [conv.weight[:, :, 0, 0].detach().double(), conv.bias.detach().double()]
+    first, second = ([torch.zeros_like(v) for v in values] for _ in range(2))
+    means, variances, step, steps = [], [], 0, epochs * 2
+    for epoch in range(epochs):
+        [order_seed] = mixed_seeds(1, ORDER, seed, epoch)
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(order_seed)).tolist()
+        for numbers in (order[:32], order[32:]):
+            x = torch.stack([features[i].double() for i in numbers])
+            means.append(x.mean(dim=(0, 2, 3)))
+            variances.append(x.var(dim=(0, 2, 3)))
+            biased = x.var(dim=(0, 2, 3), correction=0)
+            x = (x - means[-1].view(3, 1, 1)) / (biased + 1e-5).sqrt().view(3, 1, 1)
+            W, b = (v.requires_grad_() for v in values)
+            losses, labelled = [], 0
+            for i, y in zip(numbers, einsum(W, x, "kind dim, b dim r c -> b kind r c")):
+                logits = bilinear_by_hand(y + b.view(2, 1, 1), masks[i].shape)
+                logs = logits - logits.exp().sum(dim=0).log()
+                losses += [-logs[c][masks[i] == c].sum() for c in (0, 1)]
+                labelled += int((masks[i] != 9).sum())
+            gradients = torch.autograd.grad(sum(losses) / labelled, (W, b))
+            rate = 0.03 * (1 + math.cos(math.pi * step / steps)) / 2
+            step += 1
+            for j, g in enumerate(gradients):
+                first[j] = 0.9 * first[j] + 0.1 * g
+                second[j] = 0.999 * second[j] + 0.001 * g**2
+                m, v = first[j] / (1 - 0.9**step), second[j] / (1 - 0.999**step)
+                values[j] = values[j].detach() - rate * m / (v.sqrt() + 1e-8)
+    return *values, torch.stack(means).mean(dim=0), torch.stack(variances).mean(dim=0)
 
 
-def test_logits_are_interpolated_between_the_centres_of_patches():
-    probe = torch.nn.Identity()
-    tokens = torch.zeros(1, 2, 1, 2)
-    tokens[0, 1] = torch.tensor([-1.0, 1.0])  # class 1 wins right of the middle
-    truth = (torch.arange(10) >= 5).expand(3, 10).to(torch.uint8)
-    matrix = eval_dense.measure_probe(probe, tokens, [truth], 2, 255, torch.device("cpu"))
-    assert matrix.tolist() == [[15, 0], [0, 15]]
+def test_the_probe_takes_the_steps_written_out_by_hand():
+    """Forty images make two batches; masks of two sizes, ignored pixels, an image without label."""
+    generator = torch.Generator().manual_seed(0)
+    features = [torch.randn(3, 2, 3, generator=generator).half() for _ in range(40)]
+    sizes = [(5, 8) if i % 3 else (2, 3) for i in range(40)]
+    masks = [torch.randint(0, 2, s, generator=generator).to(torch.uint8) for s in sizes]
+    for i, mask in enumerate(masks):
+        mask[: i % 2, : i % 3] = 9
+    masks[7][:] = 9
+    args = Namespace(ignore=9, epochs=3, seed=5, device=CPU)
+    probe = eval_dense.train_probe(features, masks, 2, args)
+    W, b, mean, variance = train_by_hand(features, masks, 5, 3)
+    assert torch.allclose(probe[1].weight[:, :, 0, 0].double(), W, atol=2e-5)
+    assert torch.allclose(probe[1].bias.double(), b, atol=2e-5)
+    x = (features[0].double() - mean.view(3, 1, 1)) / (variance + 1e-5).sqrt().view(3, 1, 1)
+    expected = einsum(W, x, "kind dim, dim r c -> kind r c") + b.view(2, 1, 1)
+    assert torch.allclose(probe(features[0][None].float())[0].double(), expected, atol=1e-4)
+    assert not probe.training and not probe[1].weight.requires_grad
 
 
-def test_features_are_the_normed_patch_tokens_of_the_chosen_blocks(here):
-    model = common.model_of(common.load_checkpoint(here / "runs/a/last.pt")).eval()
-    images = common.draw_shapes([0, 1, 2], 24, "val")[0]
-    scenes = eval_dense.Scenes(["a", "b", "c"], images.__getitem__, [(24, 24)] * 3, None)
-    features = eval_dense.extract(model, scenes, (24, 24), [0, 2], torch.device("cpu"), "")
-    assert features.shape == (3, 2 * 16, 3, 3) and features.dtype == torch.float16
-    last = model.forward_features(common.normalise(images))[:, 1:]
-    ours = rearrange(features[:, 16:], "b dim row col -> b (row col) dim")
-    assert torch.allclose(ours.float(), last, atol=4e-3)
+def test_images_without_a_label_teach_nothing_and_break_nothing():
+    args = Namespace(ignore=255, epochs=1, seed=0, device=CPU)
+    masks = [torch.full((4, 4), 255, dtype=torch.uint8)]
+    probe = eval_dense.train_probe([torch.randn(3, 2, 2)], masks, 2, args)
+    torch.manual_seed(0)
+    assert torch.equal(probe[1].weight, torch.nn.Conv2d(3, 2, 1).weight)
+
+
+def test_confusion_and_scores_equal_a_count_by_hand():
+    truth = torch.tensor([[0, 0, 0, 1], [1, 1, 2, 255]], dtype=torch.uint8)
+    prediction = torch.tensor([[0, 0, 1, 1], [1, 0, 1, 2]])
+    matrix = eval_dense.confusion(prediction, truth, classes=4, ignore=255)
+    assert matrix.tolist() == [[2, 1, 0, 0], [1, 2, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+    found = eval_dense.scores(matrix)
+    # class 0: 2 of 4, class 1: 2 of 5, class 2: 0 of 1, class 3 nowhere, so not in the mean
+    assert found["iou"] == [50.0, pytest.approx(40.0), 0.0, None]
+    assert found["miou"] == pytest.approx(30.0)
+    assert found["accuracy"] == pytest.approx(100 * 4 / 7)
+
+
+def test_ids_near_256_are_no_other_classes():
+    truth = torch.tensor([200, 255], dtype=torch.uint8)
+    matrix = eval_dense.confusion(truth, truth, classes=256, ignore=-1)
+    assert matrix[200, 200] == matrix[255, 255] == 1 and matrix.sum() == 2
+
+
+def test_every_pixel_is_judged_at_its_masks_own_resolution():
+    probe = torch.nn.Conv2d(1, 2, 1)
+    with torch.no_grad():
+        probe.weight[:, 0, 0, 0], probe.bias[:] = torch.tensor([0.0, 1.0]), 0.0
+    features = [torch.tensor([[[-1.0, 1.0]]]).half(), torch.tensor([[[3.0, -1.0]]]).half()]
+    masks = [(torch.arange(10) >= 5).expand(3, 10).to(torch.uint8), torch.zeros(1, 8).byte()]
+    masks[0][0, 0] = masks[1][0, 0] = 7
+    with torch.no_grad():
+        args = Namespace(ignore=7, device=CPU)
+        matrix = eval_dense.measure_probe(probe, features, masks, 2, args)
+    # second image: 3, 3, 2.5, 1.5, .5, -.5, -1, -1 at the pixels' centres; the first is ignored
+    assert matrix.tolist() == [[14 + 3, 4], [0, 15]]
+
+
+def test_the_majority_is_that_of_training_and_judged_on_the_reported_masks():
+    train = [torch.tensor([9, 9, 9, 9, 9, 0]), torch.tensor([1, 1, 0, 2])]
+    train[1] = torch.tensor([1, 1, 1, 2])
+    reported = [torch.tensor([0, 0, 9]), torch.tensor([0, 1, 9])]
+    best, found = eval_dense.majority(train, reported, classes=3, ignore=9)
+    assert best == 1
+    assert found == dict(miou=12.5, accuracy=25.0, iou=[0.0, 25.0, None])
 
 
 # ---- TokenCut ------------------------------------------------------------------------------------
 
 
-def keys_of(picture: np.ndarray) -> torch.Tensor:
-    """Keys of two kinds, at right angles but for noise, where the picture is and is not."""
-    generator = torch.Generator().manual_seed(0)
-    keys = torch.randn(picture.size, 8, generator=generator) * 0.02
-    keys[torch.arange(picture.size), torch.from_numpy(picture).flatten().long()] += 1
-    return keys
+def test_affinity_is_one_above_tau_and_the_floor_elsewhere():
+    keys = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, -2.0]])  # cosines .6, 0, -.8
+    W = eval_dense.affinity(keys, tau=0.5)
+    assert W.tolist() == [[1, 1, 1e-5], [1, 1, 1e-5], [1e-5, 1e-5, 1]] and W.dtype == np.float64
+    assert eval_dense.affinity(keys, tau=0.7)[0, 1] == 1e-5
+    assert eval_dense.affinity(keys, tau=-0.1)[0, 2] == 1 != eval_dense.affinity(keys, -0.1)[1, 2]
 
 
-def test_tokencut_finds_the_blob_and_only_the_part_with_the_seed():
-    picture = np.zeros((9, 12), bool)
-    picture[2:5, 3:7] = True
-    assert np.array_equal(eval_dense.tokencut(keys_of(picture), 9, 12), picture)
-    two = picture.copy()
-    two[6:8, 9:11] = True  # a second blob of the same kind, touching nowhere
-    found = eval_dense.tokencut(keys_of(two), 9, 12)
-    assert found.any() and not (found & ~two).any()
-    assert np.array_equal(found, picture) or np.array_equal(found, two & ~picture)
-    touching_by_a_corner = picture.copy()
-    touching_by_a_corner[5:7, 7:9] = True
-    found = eval_dense.tokencut(keys_of(touching_by_a_corner), 9, 12)
-    assert found.sum() in (12, 4)  # corners do not connect
-
-
-def test_tokencut_cuts_at_tau():
-    """Keys at a cosine of 0.5: two kinds for tau 0.6, one for tau 0.4, where any cut will do."""
-    picture = np.zeros((4, 4), bool)
-    picture[1:3, 1:3] = True
-    keys = torch.where(
-        torch.from_numpy(picture).flatten()[:, None],
-        torch.tensor([1.0, 0.0]),
-        torch.tensor([0.5, 0.75**0.5]),
-    )
-    assert np.array_equal(eval_dense.tokencut(keys, 4, 4, tau=0.6), picture)
-    assert eval_dense.tokencut(keys[:1], 1, 1).all()
+def second_eigenvector(W: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(x, all eigenvalues): of I - D^-1/2 W D^-1/2, whose eigenvectors are D^1/2 x."""
+    root = np.sqrt(W.sum(axis=1))
+    values, vectors = np.linalg.eigh(np.eye(len(W)) - W / root[:, None] / root)
+    return vectors[:, 1] / root, values
 
 
 def test_fiedler_vector_solves_the_generalised_problem():
     generator = np.random.default_rng(0)
     W = np.where(generator.random((40, 40)) > 0.8, 1.0, 1e-5)
     W = np.maximum(W, W.T)
-    D = np.diag(W.sum(axis=1))
-    x = eval_dense.fiedler_vector(W)
-    value = x @ (D - W) @ x / (x @ D @ x)
-    assert np.abs((D - W) @ x - value * D @ x).max() < 1e-10
-    everything = np.sort(np.linalg.eigvals(np.linalg.solve(D, D - W)).real)
-    assert everything[0] == pytest.approx(0, abs=1e-10)
-    assert value == pytest.approx(everything[1])
+    found, (expected, _) = eval_dense.fiedler_vector(W), second_eigenvector(W)
+    expected = expected * np.sign(found @ expected)
+    assert np.allclose(found / np.linalg.norm(found), expected / np.linalg.norm(expected))
 
 
-@pytest.mark.parametrize("pool", ["a", "mean"])
-def test_keys_are_those_the_last_attention_computes(here, pool):
-    model = common.model_of(common.load_checkpoint(here / f"runs/{pool}/last.pt")).eval()
-    images = common.normalise(common.draw_shapes([0, 1], 24, "val")[0])
-    seen = []
-    model.blocks[-1].attention.W_K.register_forward_hook(lambda m, i, out: seen.append(out))
-    model(images)
-    cut = model.class_token is not None
-    keys = eval_dense.last_keys(model, images)
-    assert torch.equal(keys, seen[0][:, cut:]) and keys.shape == (2, 9, 16)
+def test_foreground_by_hand():
+    def found(*rows) -> list:
+        return eval_dense.foreground(np.array(rows, dtype=float)).int().tolist()
+
+    # the largest absolute entry is the seed, whatever its sign: -9 here, and the mean is below 0
+    assert found([-9, -8, 1], [1, 1, -9.5], [1, 1, 1]) == [[0, 0, 0], [0, 0, 1], [0, 0, 0]]
+    assert found([9, 8, -1], [-1, -1, -1]) == [[1, 1, 0], [0, 0, 0]]
+    # cut at the mean (3), not at 0, nor at the median (1): 2 is background, all are above 0
+    assert found([9, 2, 1], [1, 1, 4]) == [[1, 0, 0], [0, 0, 0]]
+    assert found([9, 4, 1], [1, 1, 2]) == [[1, 1, 0], [0, 0, 0]]
+    # corners do not connect, edges do
+    assert found([9, 0, 0], [0, 9, 0]) == [[1, 0, 0], [0, 0, 0]]
+    assert found([0, 8, 0], [8, 9, 0]) == [[0, 1, 0], [1, 1, 0]]
 
 
-def test_boxes_by_hand():
-    part = np.zeros((3, 4), bool)
-    part[1, 1:3] = part[2, 2] = True
-    assert eval_dense.box_of(part, height=30, width=80) == (20, 10, 60, 30)
-    assert eval_dense.box_iou((0, 0, 4, 2), (2, 1, 6, 3)) == pytest.approx(2 / 14)
-    assert eval_dense.box_iou((0, 0, 1, 1), (1, 0, 2, 1)) == 0
-    assert eval_dense.box_iou((0, 0, 2, 2), (0, 0, 2, 1)) == 0.5
+def tokencut_by_hand(keys: np.ndarray, rows: int, tau: float) -> list[np.ndarray]:
+    """A seed's part: of each seed, where entries are equal but for rounding."""
+    unit = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+    x, values = second_eigenvector(np.where(unit @ unit.T > tau, 1, 1e-5))
+    assert values[2] - values[1] > 1e-6  # or there is no second eigenvector to speak of
+    parts = []
+    for seed in np.flatnonzero(np.abs(x) > np.abs(x).max() * (1 - 1e-8)):
+        side = ((x > x.mean()) == (x[seed] > x.mean())).reshape(rows, -1)
+        part, todo = np.zeros_like(side), [divmod(seed, side.shape[1])]
+        while todo:
+            r, c = todo.pop()
+            inside = 0 <= r < side.shape[0] and 0 <= c < side.shape[1]
+            if inside and side[r, c] and not part[r, c]:
+                part[r, c] = True
+                todo += [(r + 1, c), (r - 1, c), (r, c + 1), (r, c - 1)]
+        parts.append(part)
+    return parts
+
+
+def test_tokencut_equals_an_implementation_of_its_own():
+    generator, sizes, unique = np.random.default_rng(0), set(), 0
+    for _ in range(40):
+        centres = generator.normal(size=(2, 6))
+        kinds = (generator.random((5, 8)) > 0.7).astype(int)
+        kinds[1:4, 2:5] = 1
+        keys = centres[kinds.flatten()] + 0.6 * generator.normal(size=(40, 6))
+        found = eval_dense.tokencut(torch.from_numpy(keys), rows=5, tau=0.2)
+        parts = tokencut_by_hand(keys, 5, 0.2)
+        assert found.shape == (5, 8) and any(np.array_equal(found, part) for part in parts)
+        sizes.add(int(found.sum()))
+        unique += len(parts) == 1
+    assert len(sizes) > 8 and unique > 20  # cuts of many kinds, few with a choice
+
+
+def test_tokencut_cuts_at_tau_and_leaves_a_single_patch_whole():
+    """Keys at a cosine of 0.5: two kinds for tau 0.6, one for tau 0.4, where any cut will do."""
+    picture = torch.zeros(3, 4, dtype=torch.bool)
+    picture[1:, 1:3] = True
+    keys = torch.where(
+        picture.flatten()[:, None], torch.tensor([1.0, 0]), torch.tensor([1, 3**0.5])
+    )
+    assert torch.equal(eval_dense.tokencut(keys, 3, tau=0.6), picture)
+    assert eval_dense.tokencut(keys[:1], 1, 0.2).tolist() == [[True]]
 
 
 def test_judging_a_part_by_hand():
-    """The part covers the left half of 4 x 4 pixels; the object is its upper row; 9 is ignored."""
-    part = np.array([[True, False]])
-    mask = torch.zeros(4, 4, dtype=torch.uint8)
-    mask[0, :2], mask[3], mask[1, 3] = 1, 9, 2
-    found, iou = eval_dense.judge(part, [(0, 0, 2, 2)], mask, (4, 4), ignore=9)
-    assert found and iou == pytest.approx(2 / 7)
-    assert eval_dense.judge(part, [(0, 0, 2, 1.9)], None, (4, 4), 9) == (False, None)
-    assert eval_dense.summary([(True, 0.5), (False, None)]) == dict(corloc=50, mask_iou=50)
-    scenes = eval_dense.Scenes(["x"], None, [(4, 4)], [mask])
-    assert eval_dense.true_boxes(scenes, None, 9) == [[(0, 0, 2, 1), (3, 1, 4, 2)]]
+    """The part covers the left half of 4 x 6 pixels; the object is part of its upper row."""
+    part, size = torch.tensor([[True, False], [True, False]]), (4, 6)
+    mask = torch.zeros(4, 6, dtype=torch.uint8)
+    mask[0, :2], mask[3], mask[1, 5] = 1, 9, 2
+
+    def found(*boxes) -> bool:
+        return eval_dense.judge(part, torch.tensor(boxes).double(), None, size, 9)[0]
+
+    assert found([0, 0, 3, 4]) and found([0, 0, 3, 2]) and not found([0, 0, 3, 1.99])
+    assert found([4, 0, 6, 4], [0, 0, 3, 2]) and not found([3, 0, 6, 4])  # the best one counts
+    box = torch.tensor([[0, 0, 3, 4]]).double()
+    assert eval_dense.judge(part, box, None, size, 9) == (True, None)
+    # 2 pixels in both, 9 of the part and 1 of the object besides, but for those ignored
+    _, iou = eval_dense.judge(part, box, mask, size, ignore=9)
+    assert iou == pytest.approx(2 / 10)
+    assert eval_dense.judge(part, box, mask * 0, size, 9) == (True, None)
+    assert eval_dense.judge(part, box, mask * 0 + 9, size, 9) == (True, None)
+    lower = torch.tensor([[False], [True]])
+    assert eval_dense.judge(lower, torch.tensor([[0, 2, 6, 4]]).double(), None, size, 9)[0]
+    _, iou = eval_dense.judge(lower, box, mask, size, ignore=300)  # outside uint8
+    assert iou == pytest.approx(6 / 15)
 
 
-# ---- pictures ------------------------------------------------------------------------------------
+def test_the_summary_means_over_what_there_is():
+    found = eval_dense.summary([(True, 0.5), (False, None), (False, 0.1)])
+    assert found == dict(corloc=pytest.approx(100 / 3), mask_iou=pytest.approx(30))
+    assert eval_dense.summary([(True, None)]) == dict(corloc=100, mask_iou=None)
 
 
-def test_principal_colours_do_not_depend_on_the_axes_they_are_given_in():
-    torch.manual_seed(0)
-    tokens = torch.randn(6, 4, 5) * torch.tensor([5.0, 3, 2, 0.1, 0.1, 0.1])[:, None, None]
+# ---- principal components ------------------------------------------------------------------------
+
+
+def test_spread_by_hand():
+    tokens = torch.tensor([[[3.0, 3.0]], [[4.0, -4.0]]])  # mean (3, 0): each 4 away, of norm 5
+    assert eval_dense.spread_of(tokens) == pytest.approx(0.8)
+    assert eval_dense.spread_of(tokens[:, :, :1]) == 0
+
+
+def test_principal_colours_are_rescaled_eigenvector_coordinates():
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([5.0, 3, 2, 0.1, 0.1, 0.1])[:, None, None]
+    turned = torch.linalg.qr(torch.randn(6, 6, generator=generator))[0]
+    tokens = torch.randn(6, 4, 5, generator=generator) * scale
+    tokens = einsum(turned, tokens, "i j, j row col -> i row col") + 1
+    x = tokens.flatten(1).T.double().numpy()
+    x = x - x.mean(axis=0)
+    _, vectors = np.linalg.eigh(x.T @ x)
+    expected = x @ vectors[:, [5, 4, 3]]
+    for c in expected.T:
+        c *= np.sign(c[np.abs(c).argmax()])
+        c -= c.min()
+        c /= c.max()
     colours = eval_dense.principal_colours(tokens)
-    assert colours.shape == (4, 5, 3) and colours.min() == 0 and colours.max() == 1
-    turned = torch.linalg.qr(torch.randn(6, 6))[0]
-    others = eval_dense.principal_colours(torch.einsum("ij,jrc->irc", turned, tokens) + 3)
-    assert torch.allclose(colours, others, atol=1e-4)
-    assert eval_dense.principal_colours(torch.randn(6, 1, 2)).shape == (1, 2, 3)
+    assert np.allclose(colours, expected.reshape(4, 5, 3), atol=1e-6)
 
 
-def test_class_attention_weighs_the_values(here):
-    """With its own share added, the weights give the attention's output from its values."""
-    model = common.model_of(common.load_checkpoint(here / "runs/a/last.pt")).eval()
-    images = common.normalise(common.draw_shapes([0], 16, "val")[0])
-    attention, captured = model.blocks[1].attention, {}
-    attention.W_O.register_forward_hook(lambda m, i, out: captured.update(mixed=i[0]))
-    attention.W_V.register_forward_hook(lambda m, i, out: captured.update(values=out))
-    with torch.no_grad():
-        for W in (attention.W_Q, attention.W_K):  # one head's weights in both: mean over heads
-            W.weight[8:], W.bias[8:] = W.weight[:8].clone(), W.bias[:8].clone()
-        model(images)
-    share = eval_dense.class_attention(model, images, 2)[0]
-    assert share.shape == (2, 2) and 0 < share.sum() < 1
-    weights = torch.cat([1 - share.sum()[None], share.flatten()])
-    assert torch.allclose(weights @ captured["values"][0], captured["mixed"][0, 0], atol=1e-5)
+def test_few_tokens_have_fewer_colours():
+    colours = eval_dense.principal_colours(torch.tensor([[[1.0, 3.0]], [[0.0, 0.0]]]))
+    assert sorted(colours[0, :, 0].tolist()) == [0, 1] and colours[..., 1:].abs().max() == 0
+
+
+def test_a_component_of_rounding_alone_has_no_colour():
+    along = torch.tensor([0.0, 1.0, 3.0, 4.0, 9.0, 2.0]).double().view(1, 2, 3)
+    tokens = torch.tensor([1.0, -2.0, 0.5, 3.0]).double().view(4, 1, 1) * along
+    colours = eval_dense.principal_colours(tokens)
+    assert torch.allclose(colours[..., 0], along[0] / 9)
+    assert colours[..., 1:].abs().max() < 1e-2
+
+
+def test_tokens_alike_are_grey_not_noise():
+    step = torch.tensor([1.0, -1.0, 1.0, -1.0]).view(1, 2, 2)
+    for spread, grey in ((0.9e-3, True), (1.1e-3, False), (0.0, True)):
+        tokens = torch.cat([torch.ones(1, 2, 2), spread * step]).double()
+        assert eval_dense.spread_of(tokens) == pytest.approx(spread, rel=1e-3)
+        assert bool((eval_dense.principal_colours(tokens) == 0.5).all()) == grey
+
+
+# ---- networks and what they are shown ------------------------------------------------------------
+
+
+def test_checkpoints_are_loaded_trained_frozen_and_beside_their_own_untrained_weights(
+    tmp_path, monkeypatch
+):
+    model = network(residual=True, drop_path=0.5)
+    save(tmp_path / "a/last.pt", model)
+    args = parsed(monkeypatch, "segment", tmp_path / "a/last.pt")
+    found = eval_dense.load_networks(args)
+    assert list(found) == ["a", "a, untrained"]
+    images = some_inputs(16, 16)
+    assert torch.equal(found["a"](images), model(images))  # nothing dropped: not training
+    torch.manual_seed(ARGS["seed"])
+    fresh = conditioned_init_(ViT(**model.config), 0.7, 1.0, 2.0).eval()
+    assert torch.equal(found["a, untrained"](images), fresh(images))
+    assert not torch.equal(fresh(images), model(images))
+    assert not any(p.requires_grad for m in found.values() for p in m.parameters())
+    args = parsed(monkeypatch, "picture", tmp_path / "a/last.pt")
+    assert list(eval_dense.load_networks(args)) == ["a"]
+
+
+def test_averaged_weights_are_what_is_looked_at(tmp_path, monkeypatch):
+    model = network()
+    ema = {f"module.{k}": 2 * v for k, v in model.state_dict().items()}
+    save(tmp_path / "a/last.pt", model, ema | {"n_averaged": torch.tensor(3)})
+    args = parsed(monkeypatch, "discover", tmp_path / "a/last.pt")
+    found = eval_dense.load_networks(args)["a"]
+    assert torch.equal(found.pos_embed, 2 * model.pos_embed)
+
+
+def test_folders_of_one_name_are_told_apart_by_their_paths(tmp_path, monkeypatch):
+    paths = [str(tmp_path / folder / "last.pt") for folder in ("x/a", "y/a", "b")]
+    for path in paths:
+        save(tmp_path / path, network())
+    found = eval_dense.load_networks(parsed(monkeypatch, "picture", *paths))
+    assert list(found) == [*paths[:2], "b"]
+
+
+@pytest.mark.parametrize("arm", networks.ARMS)
+def test_random_networks_are_the_arms_at_their_own_defaults(arm, monkeypatch):
+    args = parsed(monkeypatch, "picture", "--random-init", arm, "--seed", 4)
+    [(name, found)] = eval_dense.load_networks(args).items()
+    assert name == f"{arm}, random" and not found.training
+    torch.manual_seed(4)
+    shape = dict(image_size=32, patch_size=8, num_classes=0, dim=64, depth=12, num_heads=4)
+    expected = networks.fresh_arm(arm, **shape)
+    assert found.config == expected.config
+    for a, b in zip(found.parameters(), expected.parameters()):
+        assert torch.equal(a, b)
+
+
+def sizes_of(capsys, model: ViT, first=None, asked=None, name: str = "a"):
+    """(input size, what was printed)."""
+    found = eval_dense.input_sizes(Namespace(image_size=asked), {name: model}, first)
+    return found[name], capsys.readouterr().out
+
+
+def test_input_sizes(capsys):
+    small, large = network(), network(image_size=160, patch_size=16)
+    odd = network(image_size=28, patch_size=14)
+    note = "a: images of {} x {}, trained at 16 x 16: position embeddings interpolated\n"
+    assert sizes_of(capsys, small) == ((120, 120), note.format(120, 120))
+    assert sizes_of(capsys, large) == ((160, 160), "")  # synthetic images: its own size
+    assert sizes_of(capsys, odd)[0] == (126, 126)  # 120 / 14 = 8.57
+    assert sizes_of(capsys, small, (45, 59)) == ((48, 56), note.format(48, 56))
+    assert sizes_of(capsys, small, (44, 60))[0] == (48, 64)  # halves up
+    assert sizes_of(capsys, small, (3, 60))[0] == (8, 64)
+    assert sizes_of(capsys, small, (45, 60), [24]) == ((24, 24), note.format(24, 24))
+    assert sizes_of(capsys, small, (45, 60), [24, 16]) == ((24, 16), note.format(24, 16))
+    assert sizes_of(capsys, small, (45, 60), [16, 24]) == ((16, 24), note.format(16, 24))
+    assert sizes_of(capsys, small, (16, 17)) == ((16, 16), "")
+    assert sizes_of(capsys, small, name="a, untrained") == ((120, 120), "")  # said of "a" before
+    lines = sizes_of(capsys, small, name="long " * 20)[1].splitlines()
+    assert len(lines) == 2 and max(map(len, lines)) <= 100
+
+
+def test_synthetic_images_are_drawn_at_the_largest_input_size(monkeypatch, capsys):
+    args = parsed(monkeypatch, "segment", "--image-size", "8")
+    models = dict(a=network())
+    sizes, train, reported = eval_dense.load_scenes(args, models, "train", "reported")
+    assert sizes == dict(a=(8, 8))
+    assert len(train.names) == 1000 and len(reported.names) == 500
+    assert torch.equal(train.image(9), draw_shapes([9], 8, "train")[0][0])
+    assert torch.equal(reported.image(9), draw_shapes([9], 8, "val")[0][0])
+    models = dict(a=network(), b=network(image_size=160, patch_size=16))
+    sizes, shown = eval_dense.load_scenes(parsed(monkeypatch, "picture"), models, "shown")
+    assert sizes == dict(a=(120, 120), b=(160, 160)) and shown.sizes == [(160, 160)] * 2
+    args = parsed(monkeypatch, "picture", "--image-size", "8", "24")
+    assert eval_dense.load_scenes(args, models | dict(b=models["a"]), "shown")[1].sizes[0] == (
+        24,
+        24,
+    )
+
+
+def make_scenes(root, splits=("train", "test"), count: int = 4, sizes=((20, 30), (17, 24))):
+    """Streets in miniature: dark ground 0 below, bright 1 above, an ignored 11 along the rim."""
+    generator = np.random.default_rng(0)
+    for split in splits:
+        for kind in ("images", "masks"):
+            (root / split / kind).mkdir(parents=True)
+        for i in range(count):
+            mask = np.zeros(sizes[i % len(sizes)], np.uint8)
+            mask[: len(mask) // 2 + i] = 1
+            image = 60 + 120 * mask[..., None] + generator.integers(0, 30, (*mask.shape, 3))
+            mask[:, :2] = 11
+            Image.fromarray(image.astype(np.uint8)).save(root / split / "images" / f"{i}.png")
+            Image.fromarray(mask).save(root / split / "masks" / f"{i}.png")
+    return root
+
+
+def test_test_is_reported_on_and_val_where_there_is_no_test(tmp_path, monkeypatch, capsys):
+    models = dict(a=network())
+    make_scenes(tmp_path, ["train", "val"], sizes=[(20, 30)])
+    args = parsed(monkeypatch, "segment", "--data", tmp_path)
+    sizes, train, val = eval_dense.load_scenes(args, models, "train", "reported")
+    assert train.names[0] == "train/images/0.png" and val.names[3] == "val/images/3.png"
+    assert sizes == dict(a=(24, 32))
+    make_scenes(tmp_path, ["test"], sizes=[(30, 40)])
+    sizes, test = eval_dense.load_scenes(args, models, "reported")
+    assert test.names[0] == "test/images/0.png" and sizes == dict(a=(32, 40))
+
+
+def test_masks_are_needed_unless_discover_has_boxes(tmp_path, monkeypatch, capsys):
+    make_scenes(tmp_path, ["test"])
+    for file in (tmp_path / "test/masks").iterdir():
+        file.unlink()
+    (tmp_path / "test/masks").rmdir()
+    models = dict(a=network())
+
+    def load(command: str):
+        args = parsed(monkeypatch, command, "--data", tmp_path)
+        return eval_dense.load_scenes(args, models, "reported")[1]
+
+    with pytest.raises(SystemExit):
+        load("discover")
+    (tmp_path / "boxes.tsv").write_text("")
+    assert load("discover").masks is None
+    with pytest.raises(SystemExit):
+        load("segment")
+    assert "no folder" in capsys.readouterr().err
+
+
+def test_networks_are_shown_all_images_in_turn_resized_and_normalised(monkeypatch):
+    monkeypatch.setattr(eval_dense, "BATCH_SIZE", 2)
+    images = draw_shapes([0, 1, 2], 20, "val")[0]
+    some = scenes.Scenes(["a", "b", "c"], images.__getitem__, [], None)
+    parts = list(eval_dense.network_inputs(some, (16, 24), CPU, ""))
+    assert [numbers for numbers, _ in parts] == [[0, 1], [2]]
+    resized = v2.functional.resize(images, [16, 24], InterpolationMode.BICUBIC, antialias=True)
+    found = torch.cat([x for _, x in parts])
+    assert torch.allclose(found, normed(resized), atol=1e-6) and found.shape[2:] == (16, 24)
 
 
 # ---- the commands --------------------------------------------------------------------------------
 
 
-def test_segment_from_the_command_line(here, tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with runs/a/last.pt, runs/mean/last.pt and scenes/."""
+    folder = tmp_path_factory.mktemp("dense")
+    save(folder / "runs/a/last.pt", network())
+    save(folder / "runs/mean/last.pt", network(pool="mean", residual=True))
+    make_scenes(folder / "scenes")
+    return folder
+
+
+def shown(folder, split: str, size) -> tuple[Tensor, list[Tensor]]:
+    """(network inputs, masks) of a split, read here by hand."""
+    inputs, masks = [], []
+    for i in range(4):
+        pixels = torch.from_numpy(np.array(Image.open(folder / split / f"images/{i}.png")))
+        image = rearrange(pixels, "row col colour -> colour row col")
+        inputs.append(v2.functional.resize(image, size, InterpolationMode.BICUBIC))
+        ids = np.array(Image.open(folder / split / f"masks/{i}.png"))
+        masks.append(torch.from_numpy(ids))
+    return normed(torch.stack(inputs)), masks
+
+
+def test_features_are_half_precision_maps_of_the_blocks_side_by_side(monkeypatch, capsys):
+    model, images = network(), draw_shapes([0, 1, 2], 24, "val")[0]
+    some = scenes.Scenes(["a", "b", "c"], images.__getitem__, [], None)
+    features = eval_dense.extract(model, some, (24, 24), [2, 0], CPU, "")
+    expected = torch.cat(eval_dense.token_maps(model, normed(images), [2, 0]), dim=1)
+    assert torch.equal(torch.stack(features), expected.half())
+    many = some._replace(names=range(5 * 10**6))  # of 9 x 32 float16 each
+    batches = [([0, 1, 2], normed(images)), ([3, 4, 5], normed(images))]
+    monkeypatch.setattr(eval_dense, "network_inputs", lambda *_: batches)
+    eval_dense.extract(model, many, (24, 24), [2, 0], CPU, "all")
+    assert capsys.readouterr().out == "all: 2.9 GB of features in memory\n"
+    eval_dense.extract(model, many._replace(names=range(10**6)), (24, 24), [2, 0], CPU, "few")
+    assert not capsys.readouterr().out
+
+
+def test_segment_trains_on_train_and_reports_on_test(here, tmp_path, monkeypatch, capsys):
     words = ["segment", here / "runs/a/last.pt", "--data", here / "scenes", "--ignore", "11"]
-    words += ["--blocks", "1", "2", "--epochs", "4", "--device", "cpu"]
-    done = run_script("eval_dense.py", *words, "--out", "one", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr and max(map(len, done.stdout.splitlines())) <= 100
-    assert "a: images of 48 x 64, trained at 16 x 16" in done.stdout
+    words += ["--blocks", "2", "0", "--epochs", "3", "--seed", "7", "--device", "cpu"]
+    run_main(eval_dense.main, [*words, "--out", "one"], tmp_path, monkeypatch)
+    printed = capsys.readouterr().out
     record = json.loads((tmp_path / "one/segment.json").read_text())
     assert list(record["results"]) == ["class 1 everywhere", "a", "a, untrained"]
-    result = record["results"]["a"]
-    assert result["miou"] > record["results"]["class 1 everywhere"]["miou"] + 10
-    assert np.sum(result["confusion"]) == 4 * 45 * 58  # at full resolution, two columns ignored
-    assert f"{result['miou']:.1f}" in done.stdout and record["arguments"]["ignore"] == 11
-    # the checkpoint was not trained, so it equals itself before training
-    assert result["iou"] == record["results"]["a, untrained"]["iou"]
-    command(monkeypatch, *words, "--out", tmp_path / "two")
-    again = json.loads((tmp_path / "two/segment.json").read_text())
-    assert again["results"]["a"]["confusion"] == result["confusion"]
+    assert record["arguments"]["ignore"] == 11 and record["arguments"]["device"] == "cpu"
+    trained = network()
+    torch.manual_seed(ARGS["seed"])
+    fresh = conditioned_init_(ViT(**trained.config), 0.7, 1.0, 2.0)
+    args = Namespace(ignore=11, epochs=3, seed=7, device=CPU)
+    (train, masks), (test, truth) = (shown(here / "scenes", s, [24, 32]) for s in ("train", "test"))
+    for name, model in (("a", trained), ("a, untrained", fresh.requires_grad_(False))):
+        features, unseen = (
+            [*torch.cat(eval_dense.token_maps(model, x, [2, 0]), dim=1).half()]
+            for x in (train, test)
+        )
+        probe = eval_dense.train_probe(features, masks, 2, args)
+        matrix = eval_dense.measure_probe(probe, unseen, truth, 2, args)
+        result = record["results"][name]
+        assert result["confusion"] == matrix.tolist()
+        assert result["iou"] == eval_dense.scores(matrix)["iou"]
+        assert result["blocks"] == [2, 0] and result["size"] == [24, 32]
+        row = rf"{result['miou']:.1f} +{result['accuracy']:.1f}"
+        assert any(line.split()[-2:] == row.split(" +") for line in printed.splitlines())
+        assert f"{name}   0:{result['iou'][0]:.1f}  1:{result['iou'][1]:.1f}\n" in printed
+    best, baseline = eval_dense.majority(masks, truth, 2, 11)
+    assert record["results"][f"class {best} everywhere"] == baseline
+    assert "4 training, 4 reported images, 2 classes" in printed and record["classes"] == 2
+    # the last block where none is asked for
+    words = words[: words.index("--blocks")] + words[words.index("--epochs") :]
+    run_main(eval_dense.main, [*words, "--out", "two"], tmp_path, monkeypatch)
+    record = json.loads((tmp_path / "two/segment.json").read_text())
+    assert record["results"]["a"]["blocks"] == [2]
 
 
-def test_discover_from_the_command_line(here, tmp_path):
-    words = ["discover", here / "runs/a/last.pt", here / "runs/mean/last.pt", "--device", "cpu"]
-    done = run_script("eval_dense.py", *words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "500 of 500 images have a true box" in done.stdout
-    record = json.loads((tmp_path / "runs/dense/discover.json").read_text())
-    names = ["the whole image", "a", "a, untrained", "mean", "mean, untrained"]
-    assert list(record["results"]) == names
-    for result in record["results"].values():
-        assert 0 <= result["corloc"] <= 100 and 0 <= result["mask_iou"] <= 100
-    assert f"{record['results']['mean']['corloc']:.1f}" in done.stdout
+@pytest.mark.parametrize("boxes", ["from masks", "from a file"])
+def test_discover_cuts_every_image_with_a_box(boxes, here, tmp_path, monkeypatch, capsys):
+    root = here / "scenes"
+    if boxes == "from a file":
+        root = make_scenes(tmp_path / "scenes")
+        for file in (root / "test/masks").iterdir():
+            file.unlink()
+        (root / "test/masks").rmdir()
+        lines = [f"test/images/{i}.png\t0\t0\t{x}\t{y}" for i, x, y in [(1, 24, 11), (2, 30, 13)]]
+        (root / "boxes.tsv").write_text("\n".join([*lines, "test/images/2.png\t0\t0\t30\t20"]))
+    words = ["discover", here / "runs/mean/last.pt", "--data", root, "--ignore", "11"]
+    words += ["--tau", "0.5", "--image-size", "32", "40", "--out", "o"]
+    run_main(eval_dense.main, words, tmp_path, monkeypatch)
+    printed = capsys.readouterr().out
+    record = json.loads((tmp_path / "o/discover.json").read_text())
+    assert list(record["results"]) == ["the whole image", "mean", "mean, untrained"]
+    inputs, masks = shown(here / "scenes", "test", [32, 40])
+    found = scenes.folder_scenes(root, "test", False)
+    true = scenes.true_boxes(found, str(root), 11)
+    numbers = [0, 1, 2, 3] if boxes == "from masks" else [1, 2]
+    assert f"{len(numbers)} of 4 images have a true box" in printed
+    assert record["images"] == len(numbers)
+    model, verdicts, whole = network(pool="mean", residual=True), [], []
+    for i in numbers:
+        part = eval_dense.tokencut(eval_dense.last_keys(model, inputs)[i], 4, 0.5)
+        mask = masks[i] if boxes == "from masks" else None
+        for kept, cut in ((verdicts, part), (whole, torch.ones(1, 1) > 0)):
+            kept.append(eval_dense.judge(cut, true[i], mask, tuple(masks[i].shape), 11))
+    mine = eval_dense.summary(verdicts)
+    assert record["results"]["mean"] == mine | dict(size=[32, 40])
+    assert record["results"]["the whole image"] == eval_dense.summary(whole)
+    cells = [f"{x:.1f}" if x is not None else "-" for x in (mine["corloc"], mine["mask_iou"])]
+    assert ["mean", *cells] in [line.split() for line in printed.splitlines()]
 
 
-def test_discover_takes_boxes_from_a_file(here, tmp_path, monkeypatch):
-    """Then masks are not needed, and an image without a box is not counted."""
-    root = tmp_path / "scenes"
-    shutil.copytree(here / "scenes/test/images", root / "val/images")
-    lines = [
-        "file\tx0\ty0\tx1\ty1",
-        "val/images/0.jpg\t0\t0\t60\t45",
-        "val/images/0.jpg\t1\t1\t2\t2",
-    ]
-    (root / "boxes.tsv").write_text("\n".join(lines) + "\n\n")
-    words = ["--random-init", "residual", "--data", root, "--out", tmp_path, "--image-size", "16"]
-    command(monkeypatch, "discover", *words)
-    record = json.loads((tmp_path / "discover.json").read_text())
-    assert record["images"] == 1
-    assert record["results"]["the whole image"] == dict(corloc=100, mask_iou=None)
+def figure_of(words, cwd, monkeypatch):
+    """(the figure that `picture` would save, where)."""
+    caught = []
+    monkeypatch.setattr(pictures, "save_figure", lambda *given: caught.append(given))
+    run_main(eval_dense.main, ["picture", *words], cwd, monkeypatch)
+    [(figure, path)] = caught
+    figure.canvas.draw()
+    plt.close(figure)
+    return figure, path
 
 
-def test_picture_from_the_command_line(here, tmp_path):
-    files = [here / f"scenes/test/images/{i}.jpg" for i in (0, 1)]
-    words = ["picture", here / "runs/a/last.pt", here / "runs/mean/last.pt", "--images", *files]
-    done = run_script("eval_dense.py", *words, "--device", "cpu", cwd=tmp_path)
-    assert done.returncode == 0 and not done.stderr, done.stderr
+def test_picture_shows_tokens_and_attention_of_every_network(here, tmp_path, monkeypatch, capsys):
+    paths = [here / f"scenes/test/images/{i}.png" for i in (3, 0)]
+    words = [here / "runs/a/last.pt", here / "runs/mean/last.pt", "--images", *paths]
+    words += ["--blocks", "2", "1", "--image-size", "24", "32", "--out", "o"]
+    figure, path = figure_of(words, tmp_path, monkeypatch)
+    assert str(path) == "o/picture.png" and path.parent.is_dir()
+    inputs = shown(here / "scenes", "test", [24, 32])[0][[3, 0]]
+    for part, (name, model) in zip(
+        figure.subfigs, dict(a=network(), mean=network(pool="mean", residual=True)).items()
+    ):
+        assert part.get_suptitle() == name
+        axes = np.array(part.axes).reshape(2, 5)
+        titles = [ax.get_title().replace("\n", " ") for ax in axes[0]]
+        assert titles == [
+            "image",
+            *(f"{x}, block {b}" for x in ("tokens", "attention") for b in (2, 1)),
+        ]
+        for i, number in enumerate((3, 0)):
+            pixels = np.array(Image.open(here / f"scenes/test/images/{number}.png"))
+            assert np.array_equal(axes[i, 0].images[0].get_array(), pixels)
+        for column, block in enumerate((2, 1)):
+            [maps] = eval_dense.token_maps(model, inputs, [block])
+            for i, x in enumerate(maps):
+                ax = axes[i, 1 + column]
+                colours = eval_dense.principal_colours(x)
+                assert np.allclose(ax.images[0].get_array(), colours)
+                assert ax.get_xlabel() == f"spread {eval_dense.spread_of(x):.1g}" and not ax.texts
+                ax = axes[i, 3 + column]
+                if name == "mean":
+                    assert [t.get_text() for t in ax.texts] == ["no class\ntoken"] and not ax.images
+                    continue
+                share = eval_dense.class_attention(model, inputs, block)[i]
+                assert np.allclose(ax.images[0].get_array(), share) and not ax.texts
+                assert ax.images[0].norm.vmin == 0 and ax.images[0].norm.vmax == share.max()
+                assert ax.get_xlabel() == f"peak {share.max() / share.mean():.1f}"
+
+
+def test_picture_says_where_tokens_are_alike_and_captions_can_be_read(
+    tmp_path, monkeypatch, capsys
+):
+    words = ["--random-init", "skipless-default", "--random-init", "residual", "--out", "o"]
+    figure, _ = figure_of(words, tmp_path, monkeypatch)
+    assert figure.subfigs[0]._suptitle.get_color() == pictures.ARM_COLOURS["skipless-default"]
+    assert figure.subfigs[1]._suptitle.get_color() == pictures.ARM_COLOURS["residual"]
+    alike, apart = (np.array(part.axes).reshape(2, 9) for part in figure.subfigs)
+    quarters = [f"tokens,\nblock {b}" for b in (3, 6, 9, 12)]
+    assert [ax.get_title() for ax in alike[0, 1:5]] == quarters
+    assert alike[0, 0].images[0].get_array().shape == (120, 120, 3)
+    assert alike[0, 1].images[0].get_array().shape == (15, 15, 3)
+    for ax in alike[:, 4]:
+        assert [t.get_text() for t in ax.texts] == ["tokens\nalike"]
+        assert np.all(ax.images[0].get_array() == 0.5)
+    assert not any(ax.texts for ax in apart[:, 1:5].flat)
+    # beside a page of text, 900 pixels wide, a caption is 9 pixels high, and none is over another
+    scale = 900 / figure.bbox.width
+    for ax in [*alike.flat, *apart.flat]:
+        for text in [ax.title, ax.xaxis.label, *ax.texts]:
+            box, room = text.get_window_extent(), ax.get_window_extent()
+            assert text.get_fontsize() * figure.dpi / 72 * scale >= 9
+            assert box.width < room.width * 1.05
+
+
+def test_quarters_of_a_shallow_network_are_no_block_twice(here, tmp_path, monkeypatch, capsys):
+    figure, _ = figure_of([here / "runs/a/last.pt", "--out", "o"], tmp_path, monkeypatch)
+    titles = [ax.get_title() for ax in figure.subfigs[0].axes[:5]]
+    numbered = [f"{x},\nblock {b}" for x in ("tokens", "attention") for b in (1, 2)]
+    assert titles == ["image", *numbered]
+
+
+def test_picture_is_written(here, tmp_path, monkeypatch, capsys):
+    run_main(eval_dense.main, ["picture", here / "runs/mean/last.pt"], tmp_path, monkeypatch)
+    assert capsys.readouterr().out.splitlines()[-1] == "runs/dense/picture.png"
     with Image.open(tmp_path / "runs/dense/picture.png") as image:
-        assert image.width > 400 and image.height > 400
-    assert [f.name for f in (tmp_path / "runs/dense").iterdir()] == ["picture.png"]
+        assert image.width > 800 and image.height > 400
 
 
-# ---- bad input -----------------------------------------------------------------------------------
+def test_a_command_as_a_user_runs_it(here, tmp_path):
+    """In a process of its own: nothing on stderr, no line too wide, the result where promised."""
+    words = ["segment", here / "runs/a/last.pt", here / "runs/mean/last.pt"]
+    words += ["--data", here / "scenes", "--ignore", "11", "--epochs", "1"]
+    done = run_script("eval_dense.py", *words, cwd=tmp_path)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    assert done.stdout.splitlines()[-1] == "runs/dense/segment.json"
+    assert [f.name for f in (tmp_path / "runs/dense").iterdir()] == ["segment.json"]
 
 
-def assert_refused(monkeypatch, capsys, words, expected: str) -> None:
-    with pytest.raises(SystemExit) as ending:
-        command(monkeypatch, *words)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line]
-    assert ending.value.code == 2
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    assert re.search(expected, lines[0]), lines[0]
+# ---- flags ---------------------------------------------------------------------------------------
+
+
+def test_defaults(monkeypatch):
+    shared = dict(checkpoints=[], random_init=[], image_size=None, seed=0, data=None)
+    own = dict(
+        segment=dict(blocks=None, epochs=20, ignore=255),
+        discover=dict(tau=0.2, ignore=255),
+        picture=dict(blocks=None, images=None),
+    )
+    for command, more in own.items():
+        monkeypatch.setattr("sys.argv", ["eval_dense.py", command])
+        found = vars(eval_dense.parse_arguments())
+        assert str(found.pop("out")) == "runs/dense" and found.pop("device") == "auto"
+        assert found == shared | more | dict(command=command)
+
+
+def test_one_probe_learns_what_is_where(here, tmp_path, monkeypatch):
+    """Class 0 in the upper three rows of tokens, 1 in the lower three, at whatever resolution."""
+    sizes = [(45, 60), (30, 21), (45, 60), (7, 90)]
+    features = torch.zeros(len(sizes), 4, 6, 8)
+    features[:, 0, 3:] = 1
+    masks = [(torch.arange(h) >= round(h / 2))[:, None].expand(h, w).byte() for h, w in sizes]
+    args = parsed(monkeypatch, "segment")
+    probe = eval_dense.train_probe([*features.half()], masks, 2, args)
+    matrix = eval_dense.measure_probe(probe, [*features.half()], masks, 2, args)
+    assert eval_dense.scores(matrix)["accuracy"] > 95
 
 
 BAD_FLAGS = {
     "segment": "no network given",
     "explain {a}": "invalid choice: 'explain'",
-    "segment {a} --data nowhere": "nowhere: no such folder",
+    "segment {a} --data nowhere": "nowhere: no folder nowhere/train/images",
     "segment nowhere.pt": "nowhere.pt: no such file",
     "segment {image}": "damaged or of another program",
-    "discover --random-init resnet": "invalid choice: 'resnet'.*skipless",
-    "segment {a} --data {root} --image-size 50 60": "--image-size 50 60: .* patch, 8",
-    "segment {a} --image-size 0": "--image-size 0 0",
-    "segment {a} --image-size 8 8 8": "takes one or two numbers",
-    "segment {a} --blocks 3": r"--blocks 3: a has 2 blocks; give numbers 0\.\.2",
+    "discover --random-init resnet": "invalid choice: 'resnet'.*skipless-paper",
+    "segment {a} --data {root} --image-size 20 30": "--image-size 20 30: .* patch, 8",
+    "segment {a} --data {root} --image-size 20 32": "--image-size 20 32: .* patch, 8",
+    "segment {a} --data {root} --image-size 24 30": "--image-size 24 30: .* patch, 8",
+    "segment {a} --image-size 0": "--image-size: must be at least 1",
+    "segment {a} --image-size 8 8 8": "takes one or two numbers, not 3",
+    "segment {a} --blocks 1 3": r"--blocks 3: a has 2 blocks; give numbers 0\.\.2",
+    "segment {a} --blocks -1": r"--blocks -1: a has 2 blocks; give numbers 0\.\.2",
     "picture {a} --blocks 0": r"--blocks 0: a has 2 blocks; give numbers 1\.\.2",
-    "picture {a} --images nowhere.png": "nowhere.png: no such file",
+    "picture {a} --images {image} nowhere.png": "nowhere.png: no such file",
     "picture {a} --images {a}": "cannot read image .*last.pt",
-    "segment {a} --epochs 0": "--epochs must be at least 1",
-    "segment {a} --seed -1": "--seed must lie in",
-    "discover {a} --tau 1": "--tau must lie between",
+    "picture {a} --data {root}": "unrecognized arguments: --data",
+    "discover {a} --blocks 1": "unrecognized arguments: --blocks",
+    "segment {a} --epo 3": "unrecognized arguments: --epo",
+    "segment {a} --epochs 0": "--epochs: must be at least 1",
+    "segment {a} --seed -1": "--seed: must lie in",
+    "discover {a} --tau 1": "--tau: must lie between -1 and 1",
+    "discover {a} --tau -1": "--tau: must lie between -1 and 1",
     "segment {a} --device tpu": "is not known here",
-    "segment {a} --out {image}": "cannot make this folder",
-    "segment {a} --data {root}": r"test/images/0.jpg holds id 12, .* above 11; .*--ignore 12",
+    "segment {a} --data {root} --out {image} --ignore 11": "cannot make this folder",
+    "discover {a} --data {root} --out {image} --ignore 11": "cannot make this folder",
+    "picture {a} --out {image}": "cannot make this folder",
+    "segment {a} --data {root} --ignore 0": "--ignore 0|id 11",
 }
 
 
 @pytest.mark.parametrize("flags", BAD_FLAGS)
 def test_bad_flags_end_in_one_line(flags, here, tmp_path, monkeypatch, capsys):
     root = here / "scenes"
-    if flags.endswith("{root}"):
-        root = shutil.copytree(root, tmp_path / "scenes")
-        damage_mask(root / "test/masks/0.png", lambda ids: ids + 1)
-    words = flags.format(a=here / "runs/a/last.pt", root=root, image=root / "test/images/0.jpg")
-    assert_refused(monkeypatch, capsys, words.split(), BAD_FLAGS[flags])
-
-
-def damage_mask(path, change) -> None:
-    Image.fromarray(change(np.array(Image.open(path)))).save(path)
-
-
-BAD_FOLDERS = {
-    "no masks folder": r"no folder .*train/masks; expected ROOT/train/images",
-    "no images": r"no images in .*test/images",
-    "no split": r"no folder .*val/images",
-    "image without a mask": r"test/images/3.jpg has no mask .*test/masks/3.png",
-    "other size": r"train/masks/1.png is 60 x 44, its image 60 x 45",
-    "colours": r"train/masks/0.png is RGB, not single-channel",
-    "only ignored, train": r"--ignore 11: the training masks hold nothing else",
-    "only ignored, test": r"--ignore 11: the reported masks hold nothing else",
-    "image of text": r"cannot read image .*train/images/2.jpg",
-    "mask of text": r"cannot read mask .*train/masks/2.png",
-    "boxes: letters": r"boxes.tsv, line 2: .*: not file, x0, y0, x1, y1",
-    "boxes: too few": r"boxes.tsv, line 1: .*: not file, x0, y0, x1, y1",
-    "boxes: inside out": r"boxes.tsv, line 1: .*: not file, x0, y0, x1, y1",
-    "boxes: no such file": r"boxes.tsv, line 1: .*: no such file under ROOT",
-    "boxes: none of this split": r"no reported image has a true box",
-}
-
-
-@pytest.mark.parametrize("damage", BAD_FOLDERS)
-def test_bad_folders_end_in_one_line(damage, here, tmp_path, monkeypatch, capsys):
-    root = shutil.copytree(here / "scenes", tmp_path / "scenes")
-    masks = root / "train/masks"
-    boxes = {
-        "letters": "test/images/0.jpg\t0\t0\t5\t5\ntest/images/0.jpg\t0\t0\tfive\t5",
-        "too few": "test/images/0.jpg\t0\t0\t5",
-        "inside out": "test/images/0.jpg\t5\t0\t0\t5",
-        "no such file": "test/images/7.jpg\t0\t0\t5\t5",
-        "none of this split": "train/images/0.jpg\t0\t0\t5\t5",
-    }
-    if damage == "no masks folder":
-        shutil.rmtree(masks)
-    elif damage == "no images":
-        for file in (root / "test/images").iterdir():
-            file.unlink()
-    elif damage == "no split":
-        shutil.rmtree(root / "test")
-    elif damage == "image without a mask":
-        (root / "test/masks/3.png").unlink()
-    elif damage == "other size":
-        damage_mask(masks / "1.png", lambda ids: ids[1:])
-    elif damage == "colours":
-        damage_mask(masks / "0.png", lambda ids: np.stack([ids] * 3, axis=-1))
-    elif damage.startswith("only ignored"):
-        for file in (root / damage.split()[-1] / "masks").iterdir():
-            damage_mask(file, lambda ids: np.full_like(ids, 11))
-    elif damage == "image of text":
-        (root / "train/images/2.jpg").write_text("this is no image")
-    elif damage == "mask of text":
-        (masks / "2.png").write_text("this is no image")
-    else:
-        (root / "boxes.tsv").write_text(boxes[damage.removeprefix("boxes: ")] + "\n")
-    task = "discover" if damage.startswith("boxes") else "segment"
-    words = [
-        task,
-        here / "runs/a/last.pt",
-        "--data",
-        root,
-        "--ignore",
-        "11",
-        "--out",
-        tmp_path / "o",
-    ]
-    assert_refused(monkeypatch, capsys, words, BAD_FOLDERS[damage])
+    if "ignore 0" in flags:
+        for file in (root := make_scenes(tmp_path / "s")).glob("train/masks/*"):
+            Image.fromarray(np.array(Image.open(file)) % 11).save(file)
+    image = root / "test/images/0.png"
+    words = flags.format(a=here / "runs/a/last.pt", root=root, image=image).split()
+    words += [] if "--out" in flags else ["--out", "o"]
+    done = run_here(eval_dense.main, words, tmp_path, monkeypatch, capsys)
+    assert_fails_in_one_line(done, BAD_FLAGS[flags])
     assert not (tmp_path / "o").exists()  # nothing was begun

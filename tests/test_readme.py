@@ -52,8 +52,8 @@ SHORT = {
     "eval_dense.py": "--image-size 24 --out {out}",
     "gradient_flow.py": "--seeds 2 --out {out}",
     "convergence.py": "--seeds 1 --limit 50 --out {out}",
-    "sweep.py": "--classes 2 --arms residual --depths 1 --opts adamw --rates 1e-3 --seeds 0 --epochs 1 "
-    "--tune-epochs 1 --work {out}",
+    "sweep.py": "--classes 2 --arms residual --depths 1 --opts adamw --rates 1e-3 --seeds 0 "
+    "--epochs 1 --tune-epochs 1 --work {out}",
     "soap_speed.py": "--model nano --tens 2 --device cpu",
     "init_speed.py": "--models nano --repeats 1",
     "step_speed.py": "--models tiny --steps 2 --warmup 1 --batch-size 2 --image-size 32 "

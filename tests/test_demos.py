@@ -1,0 +1,187 @@
+"""What the demos print is what the computation written out by hand gives."""
+
+import math
+import os
+import statistics
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, assert_fails_in_one_line, run_here, run_main
+from PIL import Image
+from torch import nn
+
+from demos import convergence, gradient_flow
+
+
+def test_gradients_by_layer_are_those_of_the_tutorials_listing():
+    for skip in (True, False):
+        torch.manual_seed(5)
+        layers = [nn.Linear(64, 64) for _ in range(50)]
+        x = torch.randn(1, 64, requires_grad=True)
+        y, last = x, None
+        for layer in layers:
+            last = y
+            y = y + 0.1 * torch.tanh(layer(y)) if skip else torch.tanh(layer(y))
+        last.retain_grad()
+        y.sum().backward()
+        norms = gradient_flow.gradients_by_layer(skip, seed=5)
+        assert len(norms) == 51 and norms[50] == pytest.approx(8)  # sqrt(64): y itself
+        assert norms[0] == pytest.approx(x.grad.norm().item(), rel=1e-4)
+        assert norms[49] == pytest.approx(last.grad.norm().item(), rel=1e-4)
+
+
+def test_gradient_flow_prints_measured_beside_quoted(tmp_path, monkeypatch, capsys):
+    run_main(gradient_flow.main, ["--seeds", "20", "--out", "o"], tmp_path, monkeypatch)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100
+    rows = {line[:43].strip(): line[43:].split() for line in out.splitlines()}
+    assert rows["0.9^100"][:2] == ["2.656e-05", "2.656e-05"]
+    assert rows["1.1^100"][:2] == ["13780.6", "13780.6"]
+    measured, quoted, *_ = rows["norm of randn(1, 10, 512)"]
+    assert float(measured) == pytest.approx(math.sqrt(5120), abs=0.3) and quoted == "226.4"
+    assert rows["... after x = 0.9 * x, 100 times"][:2] == ["1.9e-03", "5.96e-08"]
+    measured, quoted, *factor = rows["... after x = x + 0.01 * x, 100 times"]
+    assert float(measured) == pytest.approx(71.55 * 2.7048, rel=0.01) and quoted == "preserved"
+    assert factor == ["1.01^100", "=", "2.70"]
+    measured, quoted, *spread = rows["gradient at the first of 50, with skips"]
+    firsts = [gradient_flow.gradients_by_layer(True, seed)[0] for seed in range(20)]
+    assert float(measured) == pytest.approx(statistics.median_low(firsts), rel=0.01)
+    assert quoted == "8.92" and 8 < float(measured) < 9
+    assert [float(spread[0]), float(spread[2])] == pytest.approx(
+        [min(firsts), max(firsts)], rel=0.1
+    )
+    measured, quoted, *_ = rows["gradient at the first of 50, without skips"]
+    assert 1e-12 < float(measured) < 1e-11 and quoted == "3e-8"
+    with Image.open(tmp_path / "o/gradient-flow.png") as image:
+        assert image.width > 500
+
+
+def test_demos_run_from_anywhere_and_end_bad_flags_in_one_line(tmp_path, monkeypatch, capsys):
+    script = ROOT / "demos/gradient_flow.py"  # beside which the project's modules do not lie
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, script, "--seeds", "0"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert_fails_in_one_line(done, "--seeds: must be at least 1")
+    (tmp_path / "file").touch()
+    for demo in (convergence, gradient_flow):
+        done = run_here(demo.main, ["--out", "file/o"], tmp_path, monkeypatch, capsys)
+        assert_fails_in_one_line(done, "cannot make this folder")
+
+
+# ---- convergence ---------------------------------------------------------------------------------
+
+
+def attention_by_hand(X, W_Q, W_K, W_V, skip):
+    n, d = X.shape
+    Z = torch.zeros(n, W_V.shape[1], dtype=X.dtype)
+    for a in range(n):
+        logits = torch.stack([(X[a] @ W_Q) @ (X[b] @ W_K) / math.sqrt(d) for b in range(n)])
+        for b in range(n):
+            Z[a] += logits.softmax(0)[b] * (X[b] @ W_V)
+    return Z + X if skip else Z
+
+
+def tiny_problem():
+    torch.manual_seed(0)
+    shapes = [(5, 6), (5, 1), (6, 6), (6, 6), (6, 6), (6, 8), (8, 1)]
+    X, Y, *weights = (torch.randn(s, dtype=torch.float64) / math.sqrt(s[1]) for s in shapes)
+    return X, Y, weights
+
+
+def test_the_attention_layer_by_hand():
+    X, _, (W_Q, W_K, W_V, *_) = tiny_problem()
+    for skip in (True, False):
+        expected = attention_by_hand(X, W_Q, W_K, W_V, skip)
+        assert torch.allclose(convergence.attention(X, W_Q, W_K, W_V, skip), expected)
+
+
+def test_linear_head_formula_equals_gradient_descent():
+    torch.manual_seed(0)
+    Z, Y = torch.randn(12, 7, dtype=torch.float64), torch.randn(12, 3, dtype=torch.float64)
+    eta = 1 / torch.linalg.svdvals(Z)[0].item() ** 2
+    W, losses = torch.zeros(7, 3, dtype=torch.float64), []
+    for _ in range(51):
+        losses.append((Z @ W - Y).square().sum())
+        W = W - eta * Z.T @ (Z @ W - Y)
+    exact = convergence.linear_head_losses(Z, Y, eta, 50)
+    assert (torch.stack(losses) / exact - 1).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_descent_is_gradient_descent_with_the_tangent_kernels_step(skip):
+    X, Y, weights = tiny_problem()
+    weights = [w.requires_grad_() for w in weights]
+
+    def outputs():
+        W_Q, W_K, W_V, W_1, W_2 = weights
+        return torch.relu(attention_by_hand(X, W_Q, W_K, W_V, skip) @ W_1) @ W_2
+
+    rows = [torch.autograd.grad(out, weights, retain_graph=True) for out in outputs().flatten()]
+    J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    eta = 1 / torch.linalg.svdvals(J)[0].item() ** 2
+    expected = []
+    for _ in range(4):
+        loss = ((outputs() - Y) ** 2).sum() / 2
+        expected.append(loss.item())
+        gradients = torch.autograd.grad(loss, weights)
+        weights = [(w - eta * g).detach().requires_grad_() for w, g in zip(weights, gradients)]
+    X, Y, start = tiny_problem()
+    before = [w.clone() for w in start]
+    assert convergence.descend(X, Y, start, skip, limit=3) == pytest.approx(expected)
+    assert all(torch.equal(a, b) for a, b in zip(before, start))
+    losses = convergence.descend(X, Y, start, skip, limit=1000)
+    first = next((i for i, loss in enumerate(losses) if loss <= 1e-3 * losses[0]), 1000)
+    assert len(losses) == first + 1 and (first < 1000) == skip
+
+
+def test_problems_have_the_correlation_and_scales_asked_for():
+    X, Y, (W_Q, W_K, W_V, W_1, W_2) = convergence.draw_problem(0, 0.5, 0.2)
+    assert (X.shape, Y.shape, X.dtype) == ((32, 64), (32, 1), torch.float64)
+    products = []
+    for seed in range(30):
+        X = convergence.draw_problem(seed, 0.5, 0.2)[0]
+        products.append(((X @ X.T).sum() - (X * X).sum()).item() / (32 * 31 * 64))
+        assert (X * X).mean().item() == pytest.approx(1, abs=0.5)
+    assert statistics.mean(products) == pytest.approx(0.5, abs=0.06)
+    for W, std in ((W_Q, 0.025), (W_K, 0.025), (W_V, 0.125), (W_1, 0.125), (W_2, 0.0625)):
+        assert W.square().mean().sqrt().item() == pytest.approx(std, rel=0.15)
+    assert not torch.equal(W_Q, W_K)
+    again = convergence.draw_problem(0, 0.0, 1.0)
+    assert again[0].shape == (32, 64) and not torch.equal(again[0], X)
+
+
+def test_convergence_prints_what_the_skip_is_worth(tmp_path, monkeypatch, capsys):
+    words = ["--seeds", "2", "--limit", "60", "--out", "o"]
+    monkeypatch.setattr(convergence, "SETTINGS", {"one": (0.0, 1.0)})
+    run_main(convergence.main, words, tmp_path, monkeypatch)
+    title, without, with_skip, ratio, _ = capsys.readouterr().out.splitlines()
+    assert title.startswith("one; steps to 1e-3 of the first loss, 2 seeds")
+    steps, kappas = {}, {}
+    for skip in (False, True):
+        problems = [convergence.draw_problem(seed, 0.0, 1.0) for seed in range(2)]
+        steps[skip] = [len(convergence.descend(*p, skip, 60)) - 1 for p in problems]
+        Zs = [convergence.attention(X, *weights[:3], skip) for X, _, weights in problems]
+        kappas[skip] = sorted(torch.linalg.cond(Z).item() for Z in Zs)
+    for skip, line in ((False, without), (True, with_skip)):
+        low, high = kappas[skip]
+        assert line.split()[0] == ("with" if skip else "without")
+        assert f"kappa of Z {low:.2g} .. {high:.2g}, steps {min(steps[skip])} .. " in line
+        assert line.endswith(f".. {max(steps[skip])}" + " (limit 60)" * (max(steps[skip]) == 60))
+        assert ("limit" in line) == skip  # 34 and 50 steps without, more than 60 with it
+    ratios = [a / b for a, b in zip(steps[False], steps[True])]
+    assert f"{min(ratios):.2f} .. {max(ratios):.2f} times faster" in ratio
+    with Image.open(tmp_path / "o/convergence.png") as image:
+        assert image.width > 1000
+
+
+def test_the_skip_helps_where_tokens_are_alike():
+    """At a tenth of the size: fewer steps with the skip, as kappa of Z falls."""
+    X, Y, weights = convergence.draw_problem(0, 0.5, 0.2)
+    with_skip = convergence.descend(X, Y, weights, True, 1000)
+    without = convergence.descend(X, Y, weights, False, 1000)
+    assert with_skip[-1] <= 1e-3 * with_skip[0]
+    assert without[-1] > 1e-2 * without[0]
