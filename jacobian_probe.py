@@ -341,7 +341,7 @@ def draw(results: dict[str, dict], path: Path, title: str) -> None:
 # --------------------------------------------------------------------------------------------------
 
 FRESH = dict(  # settings of fresh networks; a checkpoint brings its own
-    variants=["residual", "skipless-default", "skipless-paper"],
+    variants=networks.ARMS,
     depths=[12],
     model="nano",
     image_size=32,

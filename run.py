@@ -3,6 +3,7 @@
 import argparse
 import math
 import signal
+import textwrap
 import time
 from collections.abc import Iterator
 
@@ -212,7 +213,8 @@ class Run:
         print(f"train   {a.epochs} epochs of {len(self.batches)} steps of {a.batch_size}, {a.opt}, "
               f"lr {a.lr:g}, on {self.device} x {self.batches.world}, {precision}")  # fmt: skip
         print(f"files   {self.out}")
-        print("flags   " + " ".join(f"{k}={v}" for k, v in sorted(self.facts["args"].items())))
+        flags = "flags   " + " ".join(f"{k}={v}" for k, v in sorted(self.facts["args"].items()))
+        print(textwrap.fill(flags, 100, subsequent_indent=8 * " ", break_on_hyphens=False))
         if a.init != "default" and not a.skipless:
             print(f"note    --init {a.init} without --skipless: a residual network starts from it")
         if a.resume:

@@ -146,6 +146,12 @@ def missing_runs(args: argparse.Namespace, cell: str) -> tuple[list[Run], list[R
 # --------------------------------------------------------------------------------------------------
 
 
+def plan(args: argparse.Namespace, cells: list[str]) -> tuple[list[Run], list[Run]]:
+    """`missing_runs` of all cells."""
+    each = [missing_runs(args, cell) for cell in cells]
+    return [run for now, _ in each for run in now], [run for _, later in each for run in later]
+
+
 def start(args: argparse.Namespace, run: Run) -> subprocess.Popen:
     script, *words = run.words
     files.make_folder(args.work / run.name)
@@ -192,10 +198,9 @@ def work_through(args: argparse.Namespace, cells: list[str]) -> None:
     asked, running, done, cost, begun = [], {}, 0, 0.0, time.time()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: asked.append(number))
+    now, later = plan(args, cells)
     try:
         while True:
-            plans = [missing_runs(args, cell) for cell in cells]
-            now, later = ([run for plan in plans for run in plan[i]] for i in (0, 1))
             waiting = [run for run in now if run.name not in {r.name for r in running}]
             for run in waiting[: args.jobs - len(running)]:
                 running[run] = start(args, run)
@@ -203,8 +208,8 @@ def work_through(args: argparse.Namespace, cells: list[str]) -> None:
                 return
             run = first_to_end(running, asked)
             result = outcome(args, run, running.pop(run).returncode)
-            done, cost = done + 1, cost + run.cost
-            left = [r for r in now + later if r.name != run.name]
+            now, later = plan(args, cells)
+            done, cost, left = done + 1, cost + run.cost, now + later
             minutes = (time.time() - begun) / 60 * sum(r.cost for r in left) / cost
             count = f"run {done} of {done + len(left)}"  # the second grows as rates are added
             print(f"{count}  {run.name}  {result}  about {minutes:.0f} min to go", flush=True)

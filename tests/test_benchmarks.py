@@ -96,9 +96,11 @@ def test_the_plain_init_has_the_paper_s_weights():
         singular = torch.linalg.svdvals(W_Q @ W_K.T)
         assert torch.allclose(singular, torch.tensor([2.0] * 4 + [0.0] * 8), atol=1e-5)
     torch.manual_seed(0)
-    weights = bench.an_svd_a_head(64, 1, alpha=2.0, beta=0.0)
-    spread = (weights[0] @ weights[1].T).std().item() * 64**0.5
-    assert spread == pytest.approx(2.0, rel=0.05)  # alpha Z, Z of variance 1/d
+    W_Q, W_K = bench.an_svd_a_head(12, 3, alpha=2.0, beta=0.6)[:2]
+    torch.manual_seed(0)
+    Z = torch.randn(12, 12) / 12**0.5
+    U, S, V_T = torch.linalg.svd(2.0 * Z + 0.6 * torch.eye(12))
+    assert torch.allclose(W_Q @ W_K.T, U[:, :4] @ torch.diag(S[:4]) @ V_T[:4], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["nano", "tiny"])
