@@ -40,8 +40,12 @@ def one_line_errors(memory_advice: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         fail(f"out of memory ({str(error).split('.')[0]}); {memory_advice}")
-    except torch.linalg.LinAlgError:
-        fail("SOAP found no eigenvectors: a gradient is not finite; use a smaller --lr", code=1)
+    except torch.linalg.LinAlgError as error:
+        fail(f"{error}; usually a gradient is not finite: use a smaller --lr", code=1)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # the CPU's way to be out of memory
+            raise
+        fail(f"out of memory; {memory_advice}")
     except BadInput as error:  # a loader's process puts its traceback before the message
         fail(str(error).strip().splitlines()[-1].split("BadInput: ")[-1])
     except KeyboardInterrupt:  # outside the training loop, which sees to it itself
@@ -116,7 +120,7 @@ def trainer_flags(description: str, demo: dict, folder: dict, skipless: dict):
     add("--skipless", "train without skip connections", action="store_true")
     add(
         "--init",
-        "weights the blocks start from; identity: ours, as good as skips at small size; paper: "
+        "weights the blocks start from; identity: ours, nearest to skips at small size; paper: "
         "Cutting the Skip's; default: the usual std 0.02, from which a skipless network learns "
         "little",
         choices=["identity", "paper", "default"],
@@ -153,8 +157,8 @@ def trainer_flags(description: str, demo: dict, folder: dict, skipless: dict):
     add("--opt", "optimizer; soap is the paper's, matters without skips", choices=["soap", "adamw"])
     add(
         "--lr",
-        "peak learning rate; a skipless network wants a third to a tenth of a residual one's: "
-        "too large and the loss stays flat at its first value",
+        "peak learning rate; without skips --init paper wants a third to a tenth of a residual "
+        "network's, --init identity the same; too large and the loss stays flat at its first value",
         positive,
     )
     add("--batch-size", "images a step, over all processes", count)
@@ -183,10 +187,13 @@ def trainer_flags(description: str, demo: dict, folder: dict, skipless: dict):
 
 
 def picked(value, settings: dict):
-    """A setting that depends on another is a dict by its values: by model, init or optimizer."""
+    """A setting that depends on another is a dict by its values: by model, init or optimizer.
+
+    None where the dict has none for this network.
+    """
     while isinstance(value, dict):
         chosen = (settings[name] for name in ("model", "init", "opt"))
-        value = next(value[x] for x in chosen if not isinstance(x, dict) and x in value)
+        value = next((value[x] for x in chosen if not isinstance(x, dict) and x in value), None)
     return value
 
 
@@ -208,11 +215,12 @@ def settle(
                 )
         return argparse.Namespace(**stored | dict(out=None) | explicit)  # it may have moved
     settings = demo | (folder if "data" in explicit else {})
+    residual_lr = settings["lr"]
     settings |= skipless if "skipless" in explicit else {}
     init = picked((settings | explicit)["init"], settings | explicit)
     settings |= identity_init.COUNTS_ON if init == "identity" else {}
     settings |= dict(init=init) | explicit
-    settings["lr"] = picked(settings["lr"], settings)
+    settings["lr"] = picked(settings["lr"], settings) or picked(residual_lr, settings)
     settings["depth"] = settings["depth"] or PRESETS[settings["model"]]["depth"]
     for name in ("alpha", "beta", "c"):
         if name in explicit and settings["init"] != "paper":

@@ -34,7 +34,7 @@ def start_processes(device_name: str) -> tuple[torch.device, int, int]:
     launched = "RANK" in os.environ
     if device.type == "cuda":
         found = torch.cuda.device_count()
-        number = int(os.environ["LOCAL_RANK"]) if launched else device.index or 0
+        number = int(os.environ.get("LOCAL_RANK", 0)) if launched else device.index or 0
         if number >= found:
             asked = "--nproc-per-node" if launched and found else f"--device {device_name}"
             fail(f"{asked}: {found or 'no'} CUDA devices found here; use --device cpu or auto")

@@ -106,8 +106,8 @@ def identity_init_(model: nn.Module, generator: torch.Generator | None = None) -
     for block in blocks:
         attention, fc1, fc2 = block.attention, block.mlp.fc1, block.mlp.fc2
         d, heads = fc1.in_features, attention.num_heads
-        if attention.diagonal_bias is None:
-            raise TypeError("identity_init_ needs a ViT built with diagonal_bias=True")
+        if attention.diagonal_bias is None or block.norm1.elementwise_affine:
+            raise TypeError("identity_init_ needs ViT(diagonal_bias=True, norm_affine=False)")
         if heads < 2:
             raise ValueError("the identity init needs two heads or more: one keeps, one fetches")
         W_V, W_O = keepers_and_fetchers(d, heads, generator)

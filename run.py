@@ -137,10 +137,10 @@ class Run:
     # ---- interruption ----------------------------------------------------------------------------
 
     def receive(self, number: int, frame) -> None:
-        """Ctrl-C or SIGTERM: noted, for the loop to heed; a second one ends the program."""
+        """Ctrl-C or SIGTERM: noted, for the loop to heed. A second Ctrl-C ends the program at once;
+        SIGTERM comes twice where the batch system and torchrun both send it."""
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def leave_if_asked(self) -> None:
         """On Ctrl-C or SIGTERM save, unless saved just now, and end with the shell's usual code."""

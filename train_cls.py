@@ -91,10 +91,9 @@ FOLDER = dict(  # --data, with ImageNet in mind
 )
 SKIPLESS = dict(  # --skipless, over either; the paper's init where it was published
     init=dict(nano="identity", tiny="identity", small="identity", base="paper", large="identity"),
-    # A step changes all that follows, as no skip carries x past it: only the identity init stands
-    # a residual network's rate.
+    # A step changes all that follows, as no skip carries x past it. The identity init alone stands
+    # a residual network's rate, and takes it.
     lr=dict(
-        identity=dict(soap=5e-3, adamw=2e-3),
         paper=dict(soap=1e-3, adamw=2e-4),
         default=dict(soap=3e-4, adamw=2e-4),
     ),
@@ -124,7 +123,8 @@ def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
         cli.fail("--resume and --eval exclude each other; choose one")
     path = explicit.get("resume") or explicit.get("eval")
     checkpoint = files.load_checkpoint(path, "train_cls") if path else None
-    free = cli.FREE_TO_CHANGE | ({"batch_size", "amp"} if "eval" in explicit else set())
+    # up to rounding these change nothing either
+    free = cli.FREE_TO_CHANGE | ({"batch_size", "amp"} if "eval" in explicit else {"grad_accum"})
     stored = checkpoint and DEMO | checkpoint["args"]
     return cli.settle(explicit, DEMO, FOLDER, SKIPLESS, stored, free), checkpoint
 
@@ -186,7 +186,7 @@ def main() -> None:
     if checkpoint and checkpoint["classes"] != classes:
         cli.fail(f"{data_name} has other classes than the checkpoint was trained on")
     to_train, to_val = augmentations(args.image_size, drawn=args.data is None)
-    val_batches = Batches(len(val_set), 256, 0, False, rank, world)
+    val_batches = Batches(len(val_set), min(256, args.batch_size), 0, False, rank, world)
     val_loader = make_loader(val_set, to_val, val_batches, args.workers, device)
     if args.eval:
         model = networks.trained_vit(checkpoint).to(device)
@@ -195,7 +195,7 @@ def main() -> None:
             f"top-1 {result['top1']:.1f} %  top-5 {result['top5']:.1f} %  "
             f"({args.eval}, epoch {checkpoint['epoch']})"
         )
-        return
+        return engine.end_processes()
     engine.check_batch_size(args.batch_size, world * args.grad_accum, len(train_set), data_name)
     batches = Batches(len(train_set), args.batch_size, args.seed, True, rank, world)
     loader = make_loader(train_set, to_train, batches, args.workers, device)

@@ -100,8 +100,7 @@ SKIPLESS = (
             nano="identity", tiny="identity", small="paper", base="identity", large="identity"
         ),
         lr=dict(
-            identity=dict(soap=3e-3, adamw=2e-3),
-            paper=dict(soap=5e-4, adamw=3e-4),
+                paper=dict(soap=5e-4, adamw=3e-4),
             default=dict(soap=5e-4, adamw=3e-4),
         ),
         drop_path=0.0,  # a dropped sub-block would leave nothing
@@ -456,7 +455,7 @@ def main() -> None:
             warned.add(warning)
 
     final = run.history[-1]
-    result = f"k-NN top-1 {final['knn']:.1f} %" if to_measure else "k-NN off"
+    result = "k-NN off" if final["knn"] is None else f"k-NN top-1 {final['knn']:.1f} %"
     say(f"{result}  ({final['epoch']} epochs, {final['minutes']:.1f} min)")
     engine.end_processes()
 

@@ -143,8 +143,9 @@ def test_it_refuses_what_it_does_not_fit():
         identity_init_(network(2, mlp_ratio=1))
     with pytest.raises(ValueError, match="two heads or more"):
         identity_init_(network(2, num_heads=1))
-    with pytest.raises(TypeError, match="diagonal_bias=True"):
-        identity_init_(network(2, diagonal_bias=False))
+    for changed in (dict(diagonal_bias=False), dict(norm_affine=True)):
+        with pytest.raises(TypeError, match="diagonal_bias=True, norm_affine=False"):
+            identity_init_(network(2, **changed))
     with pytest.raises(TypeError, match=r"minskip\.ViT"):
         identity_init_(nn.Linear(2, 2))
 

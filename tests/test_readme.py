@@ -96,7 +96,7 @@ def shortened(command: str) -> list[str]:
 
 
 def alike(command: str) -> tuple:
-    """Equal for commands that are the same once shortened; of a flag given twice the last counts."""
+    """Equal for commands that are one once shortened; of a flag given twice the last counts."""
     words, flags = shortened(command), {}
     for number, word in enumerate(words):
         if word.startswith("--") and word != "--":

@@ -244,7 +244,7 @@ def test_folders_are_named_after_the_settings(finished, image_root):
         ("--skipless --init default --opt adamw", dict(lr=2e-4, pos_embed_std=0.5)),
         ("--data x", dict(model="base", lr=3e-3, drop_path=0.1, batch_size=1024)),
         ("--data x --skipless --lr 1", dict(init="paper", lr=1.0, drop_path=0.0, c=3.0)),
-        ("--data x --skipless --model small", dict(init="identity", pos_embed_std=0.5)),
+        ("--data x --skipless --model small", dict(init="identity", pos_embed_std=0.5, lr=3e-3)),
         ("--skipless --pool cls", dict(init="identity", pool="cls", pos_embed_std=0.5)),
         ("--model large", dict(depth=24)),
     ],
