@@ -31,7 +31,7 @@ def make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        fail(f"--out {out}: cannot make this folder ({error.strerror})")
+        fail(f"{out}: cannot make this folder ({error.strerror})")
 
 
 def run_folder(out: str | None, stem: str, seed: int, resume: str | None = None) -> Path:

@@ -100,7 +100,7 @@ SKIPLESS = (
             nano="identity", tiny="identity", small="paper", base="identity", large="identity"
         ),
         lr=dict(
-                paper=dict(soap=5e-4, adamw=3e-4),
+            paper=dict(soap=5e-4, adamw=3e-4),
             default=dict(soap=5e-4, adamw=3e-4),
         ),
         drop_path=0.0,  # a dropped sub-block would leave nothing

@@ -4,10 +4,11 @@ import importlib.util
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
-from conftest import ROOT, assert_fails_in_one_line, run_here, script_environment
+from conftest import ROOT, assert_fails_in_one_line, run_here, run_main, script_environment
 from torch import nn
 
 from minskip import PRESETS
@@ -149,3 +150,19 @@ def test_a_step_s_time_is_that_of_its_network(monkeypatch):
 def test_what_cannot_be_measured_is_refused(name, words, message, tmp_path, monkeypatch, capsys):
     done = run_here(load(name).main, words.split(), tmp_path, monkeypatch, capsys)
     assert_fails_in_one_line(done, message)
+
+
+def test_the_soaps_are_told_apart(tmp_path, monkeypatch, capsys):
+    """Stubs that sleep 10 and 30 ms a step stand for ours and the peer's."""
+
+    def stub(seconds: float):
+        step = types.MethodType(lambda self: bench.time.sleep(seconds), object())
+        return lambda parameters, lr: types.SimpleNamespace(step=step)
+
+    bench = load("soap_speed")
+    monkeypatch.setattr(bench, "SOAP", stub(0.01))
+    monkeypatch.setattr(bench, "PeerSOAP", stub(0.03))
+    run_main(bench.main, ["--tens", 2, "--device", "cpu"], tmp_path, monkeypatch)
+    numbers = [float(x) for x in re.findall(NUMBER, capsys.readouterr().out.split("ms a step")[1])]
+    ours, peer, _, ratio, _, _ = numbers
+    assert 10 <= ours < 25 and 30 <= peer < 60 and 1.5 < ratio < 3.5

@@ -97,7 +97,7 @@ BAD_FOLDERS = {
     "no such folder": "nowhere: no folder .*nowhere/train/images; expected ROOT/train/images/",
     "no images": "no images in .*train/images",
     "no mask": "mask .*train/masks/1.png is missing; add it or remove",
-    "other size": r"mask .*/1.png is of \(3, 6\), its image of \(4, 6\)",
+    "other size": r"mask .*/1.png is of \(4, 5\), its image of \(4, 6\)",
     "turned": r"mask .*/1.png is of \(6, 4\), its image of \(4, 6\)",
     "colours": "mask .*/0.png is RGB, not one channel",
     "fractions": "mask .*/0.png is F, not one channel of integers",
@@ -118,13 +118,13 @@ def test_bad_folders_end_in_one_line(what, root, capsys):
     elif what == "no mask":
         (masks / "1.png").unlink()
     elif what == "other size":
-        damage(masks / "1.png", lambda ids: ids[1:])
+        damage(masks / "1.png", lambda ids: ids[:, 1:])
     elif what == "turned":
         damage(masks / "1.png", lambda ids: ids.T)
     elif what == "colours":
         damage(masks / "0.png", lambda ids: np.stack([ids] * 3, axis=-1))
     elif what in ("fractions", "negative"):  # PNG holds neither: a TIFF under its name
-        ids = np.array(Image.open(masks / "0.png")) - (0.5 if what == "fractions" else 1.0)
+        ids = np.array(Image.open(masks / "0.png")) - (-0.5 if what == "fractions" else 1.0)
         kind = np.float32 if what == "fractions" else np.int32
         Image.fromarray(ids.astype(kind)).save(masks / "0.png", format="TIFF")
     elif what == "image of text":
