@@ -87,4 +87,4 @@ def load_checkpoint(path: str, script: str | None = None) -> dict:
         fail(f"checkpoint {path} was not written by this version of minskip; use one of its own")
     if script is not None and content.get("script") != script:
         fail(f"checkpoint {path} was written by {content.get('script')}, not by {script}")
-    return content
+    return content | dict(path=path)

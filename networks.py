@@ -70,7 +70,9 @@ def trained_vit(checkpoint: dict) -> ViT:
         weights.pop("n_averaged")
     model.load_state_dict(weights)
     if not all(p.isfinite().all() for p in model.parameters()):
-        fail("the checkpoint holds weights that are not finite: nothing can be measured on them")
+        fail(
+            f"{checkpoint['path']} holds weights that are not finite: nothing can be measured on it"
+        )
     return model
 
 

@@ -150,6 +150,7 @@ def test_printed_commands_run_from_the_root(command, things, tmp_path):
     done = subprocess.run(
         words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
     )
+    assert max(map(len, done.stdout.splitlines()), default=0) <= 160  # paths here are long
     assert done.returncode == 0, f"{words}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
 
 
