@@ -289,7 +289,7 @@ def looks_of(results: dict[str, dict]) -> tuple[dict[str, dict], list]:
         colour = pictures.colour_of(group, groups)
         colours[group] = free[0] if free and colour in colours.values() else colour
     strength = {shade: (i + 1) / len(shades) for i, shade in enumerate(shades)}
-    widths = {g: max(2.6 - 0.6 * i, 0.8) for i, g in enumerate(groups)}  # seen where they coincide
+    widths = {g: max(2.8 - 0.5 * i, 0.8) for i, g in enumerate(groups)}  # seen where they coincide
     looks = {
         name: dict(
             color=colours[result["group"]],

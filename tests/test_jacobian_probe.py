@@ -148,6 +148,12 @@ def test_token_statistics_of_known_tokens():
     assert both == pytest.approx({"1-corr": 0.5, "eff.rank": 3}, abs=1e-5)
 
 
+def test_rounding_makes_no_correlation_larger_than_1():
+    torch.manual_seed(0)
+    for token in torch.randn(50, 7, dtype=torch.float64):
+        assert probe.token_statistics(token.expand(1, 5, 7))["1-corr"] >= 0
+
+
 def test_token_statistics_by_hand():
     torch.manual_seed(0)
     x = torch.randn(2, 4, 6, dtype=torch.float64) * torch.tensor([0.1, 1.0, 3.0, 9.0])[:, None]
@@ -572,9 +578,9 @@ def a_checkpoint(folder, seed: int = 0, **changed) -> dict:
 
 def test_trained_networks_are_probed_from_their_files(image_root, tmp_path, monkeypatch, titles):
     kept = {
-        name: a_checkpoint(tmp_path / name, seed) for seed, name in enumerate(("residual-a", "b"))
+        name: a_checkpoint(tmp_path / name, seed) for seed, name in enumerate(("residual", "b"))
     }
-    flags = ["--checkpoint", "residual-a/last.pt", "b/last.pt", "--before", "--images", "2"]
+    flags = ["--checkpoint", "residual/last.pt", "b/last.pt", "--before", "--images", "2"]
     run_main(probe.main, [*flags, "--data", image_root, "--out", "o"], tmp_path, monkeypatch)
     saved = json.loads((tmp_path / "o/probe.json").read_text())["networks"]
     assert list(saved) == [f"{n}, {w}" for n in kept for w in ("before training", "trained")]
