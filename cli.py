@@ -186,14 +186,20 @@ def trainer_flags(description: str, demo: dict, folder: dict, skipless: dict):
     return p, add
 
 
-def picked(value, settings: dict):
-    """A setting that depends on another is a dict by its values: by model, init or optimizer.
+def layered(*layers: dict) -> dict:
+    """Settings laid over one another; of one that is a dict in both, its entries."""
+    settings = {}
+    for layer in layers:
+        for name, value in layer.items():
+            both = isinstance(value, dict) and isinstance(settings.get(name), dict)
+            settings[name] = settings[name] | value if both else value
+    return settings
 
-    None where the dict has none for this network.
-    """
+
+def picked(value, *by: str):
+    """A setting that depends on others is a dict by their values; the first that it has counts."""
     while isinstance(value, dict):
-        chosen = (settings[name] for name in ("model", "init", "opt"))
-        value = next((value[x] for x in chosen if not isinstance(x, dict) and x in value), None)
+        value = next(value[x] for x in by if x in value)
     return value
 
 
@@ -214,13 +220,15 @@ def settle(
                     f"leave {flag} out"
                 )
         return argparse.Namespace(**stored | dict(out=None) | explicit)  # it may have moved
-    settings = demo | (folder if "data" in explicit else {})
-    residual_lr = settings["lr"]
-    settings |= skipless if "skipless" in explicit else {}
-    init = picked((settings | explicit)["init"], settings | explicit)
-    settings |= identity_init.COUNTS_ON if init == "identity" else {}
-    settings |= dict(init=init) | explicit
-    settings["lr"] = picked(settings["lr"], settings) or picked(residual_lr, settings)
+    folder, skipless = (
+        layer if flag in explicit else {}
+        for flag, layer in (("data", folder), ("skipless", skipless))
+    )
+    settings = layered(demo, folder, skipless, explicit)
+    settings["init"] = picked(settings["init"], settings["model"])
+    if settings["init"] == "identity":
+        settings |= identity_init.COUNTS_ON | explicit
+    settings["lr"] = picked(settings["lr"], settings["init"], settings["opt"])
     settings["depth"] = settings["depth"] or PRESETS[settings["model"]]["depth"]
     for name in ("alpha", "beta", "c"):
         if name in explicit and settings["init"] != "paper":

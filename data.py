@@ -11,6 +11,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -41,16 +42,22 @@ def mixed_seeds(count: int, *numbers: int) -> list[int]:
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # Pillow's
 
 
+@contextmanager
+def decoding(path: str) -> Iterator[None]:
+    """Raises BadInput, naming the file, where Pillow cannot read it."""
+    try:
+        yield
+    except DECODING_ERRORS as error:
+        raise BadInput(f"cannot read image {path} ({error}); repair or remove it") from error
+
+
 def open_rgb(path: str) -> Image.Image:
     """Read an image file as RGB (greyscale and palette images are converted).
 
     Raises BadInput, naming the file, where it cannot be decoded.
     """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except DECODING_ERRORS as error:
-        raise BadInput(f"cannot read image {path} ({error}); repair or remove it") from error
+    with decoding(path), Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def check_images(paths: list[str], decode_up_to: int = 20_000) -> None:
@@ -65,11 +72,10 @@ def check_images(paths: list[str], decode_up_to: int = 20_000) -> None:
             if len(paths) <= decode_up_to:
                 open_rgb(path)
             else:
-                Image.open(path).close()
+                with decoding(path):
+                    Image.open(path).close()
         except BadInput as error:
             return str(error)
-        except DECODING_ERRORS as error:
-            return f"cannot read image {path} ({error}); repair or remove it"
 
     with ThreadPoolExecutor(8) as pool:
         found = pool.map(problem, paths)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from tqdm import tqdm
 
 from cli import fail
 from soap import SOAP
@@ -70,6 +71,17 @@ def on_device(batch, device: torch.device):
 
 def main_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def say(text: str) -> None:
+    """Print, once however many processes there are."""
+    if main_process():
+        print(text)
+
+
+def progress(items, title: str, **more) -> tqdm:
+    """A bar over items: on terminals only, and of the first process alone."""
+    return tqdm(items, title, leave=False, disable=None if main_process() else True, **more)
 
 
 def mean_over_processes(x: Tensor) -> Tensor:

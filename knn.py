@@ -4,10 +4,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from data import normalise
-from engine import autocast, main_process, on_device
+from engine import autocast, on_device, progress
 from minskip import ViT
 
 
@@ -35,8 +34,7 @@ def features_of(model: ViT, loader, device: torch.device, amp: str) -> tuple[Ten
     """Unit-length pooled features, (image, dim), and labels, (image,), of a data set."""
     model.eval()
     features, labels = [], []
-    silent = None if main_process() else True
-    for images, classes in tqdm(loader, "k-NN features", disable=silent, leave=False):
+    for images, classes in progress(loader, "k-NN features"):
         images, classes = on_device([images, classes], device)
         with autocast(device, amp):
             features.append(model(normalise(images)).float())

@@ -360,10 +360,10 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return blocks
 
 
-def set_(linear: nn.Linear, W: Tensor, b: Tensor | float = 0.0) -> None:
-    """y = x W + b from now on."""
+def set_(linear: nn.Linear, W: Tensor) -> None:
+    """y = x W from now on."""
     linear.weight.copy_(W.T)
-    linear.bias.copy_(torch.as_tensor(b))
+    linear.bias.zero_()
 
 
 @torch.no_grad()

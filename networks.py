@@ -30,8 +30,13 @@ def initialise_(model: ViT, init: str, alpha: float, beta: float, c: float) -> V
     return model
 
 
-def build_vit(args: argparse.Namespace, num_classes: int) -> ViT:
-    """The network that a trainer's settings describe; sizes that do not fit end the program."""
+def build_vit(args: argparse.Namespace, num_classes: int, checkpoint: dict | None) -> ViT:
+    """The network that a trainer's settings describe; sizes that do not fit end the program.
+
+    With a checkpoint only its shape: the weights are to be loaded.
+    """
+    if checkpoint:
+        return ViT(**checkpoint["model_config"])
     try:
         model = ViT(
             args.image_size,

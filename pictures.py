@@ -45,29 +45,21 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_curves(path: Path, runs: dict[str, list[dict]], panels: dict[str, str]) -> None:
-    """One panel a log key against the epoch, one line a run.
+def draw_curves(path: Path, name: str, rows: list[dict], panels: dict[str, str]) -> None:
+    """A run's log: a panel a key against the epoch.
 
-    runs: name -> rows of its log; runs whose names differ only behind "-seed" share a label.
-    panels: log key -> title; epochs in which a key is null are left out of its panel.
+    rows: of the log. panels: log key -> title; epochs in which a key is null are left out.
     """
-    width = 4.6 * len(panels)
-    figure, axes = plt.subplots(1, len(panels), figsize=(width, 3.6), layout="constrained")
-    labelled = {name.split("-seed")[0]: name for name in reversed(runs)}
-    for ax, (key, title) in zip([axes] if len(panels) == 1 else axes, panels.items()):
-        for name, rows in runs.items():
-            points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
-            label = name.split("-seed")[0]
-            ax.plot(
-                *zip(*points),
-                color=colour_of(name, list(runs)),
-                linewidth=1.4,
-                marker="." if len(points) <= 10 else None,
-                label=label if labelled[label] == name else None,
-            )
+    size = dict(figsize=(4.6 * len(panels), 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), squeeze=False, **size)
+    for ax, (key, title) in zip(axes[0], panels.items()):
+        points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
+        marker = "." if len(points) <= 10 else None
+        label, colour = name.split("-seed")[0], colour_of(name, [name])
+        ax.plot(*zip(*points), color=colour, linewidth=1.4, marker=marker, label=label)
         ax.set_xlabel("epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         tidy(ax, title)
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", fontsize=8, frameon=False)
     save_figure(figure, path)

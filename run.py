@@ -11,14 +11,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import files
 import networks
 import pictures
 from cli import fail
 from data import STEP, Batches, mixed_seeds
-from engine import main_process, mean_over_processes, on_device, uses_bf16
+from engine import (
+    main_process,
+    mean_over_processes,
+    on_device,
+    progress,
+    say,
+    uses_bf16,
+)
 
 
 class Run:
@@ -83,8 +89,8 @@ class Run:
             yield self.epoch
             left = self.args.epochs - self.epoch
             minutes = left * (time.time() - self.epoch_started) / 60
-            if self.epoch == 1 and minutes > 1 and main_process():
-                print(f"about {minutes:.0f} minutes to go")
+            if self.epoch == 1 and minutes > 1:
+                say(f"about {minutes:.0f} minutes to go")
             if left:
                 self.leave_if_asked()
 
@@ -93,8 +99,7 @@ class Run:
 
     def steps(self, loader: DataLoader) -> Iterator[list]:
         title = f"epoch {self.epoch + 1}/{self.args.epochs}"
-        silent = None if main_process() else True  # None: bars on terminals
-        bar = tqdm(loader, title, len(self.batches), initial=self.step, disable=silent, leave=False)
+        bar = progress(loader, title, total=len(self.batches), initial=self.step)
         for batch in bar:
             numbers = STEP, self.args.seed, self.epoch, self.step, self.batches.rank
             torch.manual_seed(mixed_seeds(1, *numbers)[0])  # for MixUp, CutMix and drop-path
@@ -131,7 +136,7 @@ class Run:
         if main_process():
             files.write_log(self.out / "log.jsonl", self.history)
             curves = self.out / "curves.png"
-            pictures.draw_curves(curves, {self.out.name: self.history}, self.panels)
+            pictures.draw_curves(curves, self.out.name, self.history, self.panels)
         return row
 
     # ---- interruption ----------------------------------------------------------------------------
@@ -151,9 +156,8 @@ class Run:
             return
         if self.step:
             self.save()
-        if main_process():
-            where = f"epoch {self.epoch + 1}, step {self.step}"
-            print(f"stopped at {where}; continue with --resume {self.out / 'last.pt'}")
+        where = f"epoch {self.epoch + 1}, step {self.step}"
+        say(f"stopped at {where}; continue with --resume {self.out / 'last.pt'}")
         if dist.is_initialized():
             dist.barrier()  # torchrun ends all when the first leaves: save before that
         raise SystemExit(128 + int(number))

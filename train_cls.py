@@ -23,14 +23,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 import cli
 import engine
 import files
 import networks
 from data import Batches, augmentations, image_folder, image_folders, make_loader, normalise
-from minskip import ViT
 from run import Run
 from shapes import Shapes
 
@@ -139,8 +137,7 @@ def evaluate(model: nn.Module, loader, device: torch.device, amp: str) -> dict:
     """Mean cross-entropy and top-1 and top-5 accuracy in percent, over all processes' images."""
     model.eval()
     totals = torch.zeros(4, device=device)  # images, loss, top-1 hits, top-5 hits
-    silent = None if engine.main_process() else True  # None: bars on terminals
-    for images, labels in tqdm(loader, "val", disable=silent, leave=False):
+    for images, labels in engine.progress(loader, "val"):
         images, labels = engine.on_device([images, labels], device)
         with engine.autocast(device, amp):
             logits = model(normalise(images)).float()
@@ -179,7 +176,6 @@ def mixing(args: argparse.Namespace, classes: int):
 def main() -> None:
     args, checkpoint = parse_arguments()
     device, rank, world = engine.start_processes(args.device)
-    say = print if rank == 0 else (lambda *_: None)
 
     train_set, val_set = load_sets(args)
     classes, data_name = val_set.classes, args.data or "Shapes"
@@ -191,7 +187,7 @@ def main() -> None:
     if args.eval:
         model = networks.trained_vit(checkpoint).to(device)
         result = evaluate(model, val_loader, device, args.amp)
-        say(
+        engine.say(
             f"top-1 {result['top1']:.1f} %  top-5 {result['top5']:.1f} %  "
             f"({args.eval}, epoch {checkpoint['epoch']})"
         )
@@ -202,10 +198,7 @@ def main() -> None:
     mix = mixing(args, len(classes))
 
     torch.manual_seed(args.seed)
-    if checkpoint:
-        model = ViT(**checkpoint["model_config"]).to(device)
-    else:
-        model = networks.build_vit(args, len(classes)).to(device)
+    model = networks.build_vit(args, len(classes), checkpoint).to(device)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
     optimizer = engine.build_optimizer(model, args.opt, args.lr, args.weight_decay)
     network = engine.in_processes(torch.compile(model) if args.compile else model, device)
@@ -246,13 +239,13 @@ def main() -> None:
                 ema.update_parameters(model)
 
         row = run.end_epoch(**evaluate(ema or model, val_loader, device, args.amp), lr=lr)
-        say(
+        engine.say(
             f"epoch {epoch + 1:3d}  loss {row['loss']:.3f}  val loss {row['val_loss']:.3f}  top-1 "
             f"{row['top1']:.1f} %  top-5 {row['top5']:.1f} %  {row['images_per_s']:.0f} images/s"
         )
 
     final = run.history[-1]
-    say(
+    engine.say(
         f"top-1 {final['top1']:.1f} %  top-5 {final['top5']:.1f} %  "
         f"({final['epoch']} epochs, {final['minutes']:.1f} min)"
     )

@@ -94,17 +94,13 @@ FOLDER = dict(  # --data, with ImageNet in mind
     knn_every=10,
     workers=cli.CORES,
 )
-SKIPLESS = (
-    dict(  # --skipless, over either; the paper's init where it was published, ViT-S with DINO
-        init=dict(
-            nano="identity", tiny="identity", small="paper", base="identity", large="identity"
-        ),
-        lr=dict(
-            paper=dict(soap=5e-4, adamw=3e-4),
-            default=dict(soap=5e-4, adamw=3e-4),
-        ),
-        drop_path=0.0,  # a dropped sub-block would leave nothing
-    )
+SKIPLESS = dict(  # --skipless, over either; the paper's init where it was published
+    init=dict(nano="identity", tiny="identity", small="paper", base="identity", large="identity"),
+    lr=dict(
+        paper=dict(soap=5e-4, adamw=3e-4),
+        default=dict(soap=5e-4, adamw=3e-4),
+    ),
+    drop_path=0.0,  # a dropped sub-block would leave nothing
 )
 # DINO's, for every run
 LAST_LR = 1e-6
@@ -363,7 +359,6 @@ def knn_loaders(args: argparse.Namespace, sets: tuple, device, rank: int, world:
 def main() -> None:
     args, checkpoint = parse_arguments()
     device, rank, world = engine.start_processes(args.device)
-    say = print if rank == 0 else (lambda *_: None)
 
     train_set, val_set = load_sets(args)
     classes, data_name = train_set.classes, args.data or "Shapes"
@@ -377,7 +372,8 @@ def main() -> None:
     to_measure = knn_loaders(args, (train_set, val_set), device, rank, world)
 
     torch.manual_seed(args.seed)
-    student = Network(networks.build_vit(args, num_classes=0), args.prototypes).to(device)
+    backbone = networks.build_vit(args, 0, checkpoint)
+    student = Network(backbone, args.prototypes).to(device)
     teacher = copy.deepcopy(student).requires_grad_(False).eval()  # eval: no drop-path
     teacher_parameters, student_parameters = list(teacher.parameters()), list(student.parameters())
     centre = torch.zeros(args.prototypes, device=device)
@@ -404,13 +400,13 @@ def main() -> None:
         checkpoint=checkpoint,
     )
     run.describe(student.backbone, data_name)
-    say(f"crops   2 of {args.image_size} px and {args.local_crops} of {small} px an image")
+    engine.say(f"crops   2 of {args.image_size} px and {args.local_crops} of {small} px an image")
     if not to_measure:
-        say(f"k-NN    off: {args.data} has no val/ to measure on")
+        engine.say(f"k-NN    off: {args.data} has no val/ to measure on")
     elif not run.history:
         knn = knn_accuracy(teacher.backbone, *to_measure, device, args.amp)
         run.history.append(dict(epoch=0, knn=knn))
-        say(f"epoch   0  k-NN {knn:.1f} % before training")
+        engine.say(f"epoch   0  k-NN {knn:.1f} % before training")
     warned = {None}
     for epoch in run.epochs():
         student.train()
@@ -443,7 +439,7 @@ def main() -> None:
         due = to_measure and ((epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs)
         knn = knn_accuracy(teacher.backbone, *to_measure, device, args.amp) if due else None
         row = run.end_epoch(knn=knn, lr=now["lr"], momentum=now["momentum"])
-        say(
+        engine.say(
             f"epoch {epoch + 1:3d}  loss {row['loss']:.3f}  teacher entropy "
             f"{row['teacher_entropy']:.2f} of {math.log(args.prototypes):.2f}  feature std "
             f"{row['feature_std']:.2f}  "
@@ -451,12 +447,12 @@ def main() -> None:
             + f"{row['images_per_s']:.0f} images/s"
         )
         if (warning := warning_of(row, args)) not in warned:
-            say(f"warning: {warning}; try a smaller --lr, --momentum or --prototypes")
+            engine.say(f"warning: {warning}; try a smaller --lr, --momentum or --prototypes")
             warned.add(warning)
 
     final = run.history[-1]
     result = "k-NN off" if final["knn"] is None else f"k-NN top-1 {final['knn']:.1f} %"
-    say(f"{result}  ({final['epoch']} epochs, {final['minutes']:.1f} min)")
+    engine.say(f"{result}  ({final['epoch']} epochs, {final['minutes']:.1f} min)")
     engine.end_processes()
 
 
