@@ -150,6 +150,15 @@ def test_it_refuses_what_it_does_not_fit():
         identity_init_(nn.Linear(2, 2))
 
 
+def test_biases_left_by_another_init_are_cleared():
+    model = network(2)
+    linears = [m for m in model.blocks.modules() if isinstance(m, nn.Linear)]
+    for linear in linears:
+        nn.init.ones_(linear.bias)
+    identity_init_(model)
+    assert all(linear.bias.abs().max() == 0 for linear in linears)
+
+
 def test_the_diagonal_bias_is_learned_and_seeded_weights_repeat():
     model = identity_init_(network(2), torch.Generator().manual_seed(3))
     twin = identity_init_(network(2), torch.Generator().manual_seed(3))
