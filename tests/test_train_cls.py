@@ -1,5 +1,6 @@
 """The supervised trainer: its steps against the same steps by hand; run as a user runs it."""
 
+import argparse
 import copy
 import json
 import os
@@ -30,6 +31,7 @@ import data
 import engine
 import train_cls
 from minskip import PRESETS, ViT
+from run import Run
 from soap import SOAP
 
 
@@ -325,10 +327,27 @@ def test_an_interrupted_run_resumes_exactly(image_root, tmp_path, monkeypatch, c
     assert "resume  runs/b/last.pt at epoch 1, step 6" in stdout and not stderr
     assert 0 < load(out / "last.pt")["epoch"] < 6
     (out / "log.jsonl").unlink()  # as if killed before it was written: rebuilt from the checkpoint
+    stopped = load(out / "last.pt")
+    torch.save(stopped | dict(seconds=stopped["seconds"] + 3600), out / "last.pt")
     run_main(train_cls.main, ["--resume", "runs/b/last.pt"], tmp_path, monkeypatch)
     a, b = load(tmp_path / "runs/a/last.pt"), load(out / "last.pt")
     assert_equal_runs(a, b)
+    assert b["history"][-1]["minutes"] > 60  # of all its parts
     assert len((out / "log.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_second_ctrl_c_ends_the_program_at_once_and_a_second_sigterm_does_not():
+    """The batch system and torchrun may both send SIGTERM; who presses Ctrl-C twice means it."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    noted = argparse.Namespace(signal=0)
+    try:
+        Run.receive(noted, signal.SIGTERM, None)
+        assert noted.signal == signal.SIGTERM
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGTERM) is handlers[signal.SIGTERM]
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def test_a_signal_is_heeded_with_one_step_an_epoch(image_root, tmp_path):
