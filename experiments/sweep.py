@@ -14,7 +14,8 @@ the lower validation loss, then the lower rate is better). Then it is trained on
 at that rate, once a seed, and measured on val after the last epoch. With --camvid a linear probe
 follows on the last block and on four (`eval_dense.py segment`).
 
-Each run is a process on one thread. Ctrl-C saves and ends them; the same command continues, and
+Each run is a process on one thread. They go in rounds: tuning runs, as long as an arm has a rate to
+try; then the seeds; then the probes. Ctrl-C saves and ends them; the same command continues, and
 what is finished stays. "steps" in the table: those an arm takes to the lower of its own and
 residual's last value, as a multiple of residual's, read off the mean curves.
 """
@@ -23,13 +24,14 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
-from statistics import mean, median
-from typing import NamedTuple
+from statistics import mean
 
 import numpy as np
 
@@ -38,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what this pro
 import cli
 import files
 import pictures
-from data import image_folder
+from data import image_folders
 from networks import ARMS
 
 ROOT = Path(cli.__file__).parent
@@ -49,34 +51,33 @@ PROBES = ["last", "quarters"]  # blocks that the linear probe reads
 SET_HERE = "--data --out --resume --eval --lr --seed --epochs --depth --opt --skipless --init"
 
 
-class Run(NamedTuple):
-    """One process: its folder in WORK, its command, and what it costs in epochs times blocks."""
-
-    name: str
-    words: tuple
-    cost: float
-
-
 # --------------------------------------------------------------------------------------------------
-# What is finished, and what to do next. A cell is an arm, depth and optimizer: residual-12-soap
+# What is finished, and which rate to try next. The name of a run's folder says what it is:
+# WORK/full/residual-12-soap-lr0.01-seed0; up to -lr that is its cell. Linear probes are inside.
 # --------------------------------------------------------------------------------------------------
 
 
-def log_of(args: argparse.Namespace, name: str) -> list[dict] | None:
+def parts(folder: Path) -> tuple[str, int, str, float, int]:
+    """Arm, depth, optimizer, learning rate and seed."""
+    pattern = r"(.+)-(\d+)-(\w+)-lr(.+)-seed(\d+)"
+    arm, depth, opt, rate, seed = re.fullmatch(pattern, folder.name).groups()
+    return arm, int(depth), opt, float(rate), int(seed)
+
+
+def log_of(args: argparse.Namespace, folder: Path) -> list[dict] | None:
     """The rows of a finished run, none if it diverged; None of a run that is not finished."""
-    if (args.work / name / "diverged.txt").exists():
+    if (folder / "diverged.txt").exists():
         return []
-    rows = files.read_log(args.work / name / "log.jsonl")
-    epochs = args.tune_epochs if name.startswith("tune") else args.epochs
+    rows = files.read_log(folder / "log.jsonl")
+    epochs = args.tune_epochs if folder.parent.name == "tune" else args.epochs
     return rows if rows and rows[-1]["epoch"] == epochs else None
 
 
 def tuning_logs(args: argparse.Namespace, cell: str) -> dict[float, list[dict]]:
     """Learning rate -> log, of the cell's finished tuning runs."""
-    start, end = f"tune/{cell}-lr", f"-seed{TUNING_SEED}"
-    names = [str(path.relative_to(args.work)) for path in args.work.glob(f"{start}*{end}")]
-    logs = {float(n.removeprefix(start).removesuffix(end)): log_of(args, n) for n in names}
-    return {rate: log for rate, log in sorted(logs.items()) if log is not None}
+    folders = args.work.glob(f"tune/{cell}-lr*-seed{TUNING_SEED}")
+    logs = {folder: log_of(args, folder) for folder in folders}
+    return {parts(folder)[3]: log for folder, log in logs.items() if log is not None}
 
 
 def best_rate(logs: dict[float, list[dict]], metric: str) -> float:
@@ -97,122 +98,85 @@ def next_rates(logs: dict[float, list[dict]], metric: str, first: list[float]) -
     return below[-1:] + above[:1]
 
 
-def training(args: argparse.Namespace, part: str, cell: str, rate: float, seed: int) -> Run:
-    """part: tune or full."""
-    name, (arm, depth, opt) = f"{part}/{cell}-lr{rate:g}-seed{seed}", cell.rsplit("-", 2)
-    epochs, folder = args.epochs if part == "full" else args.tune_epochs, args.work / name
-    words = [args.script, "--data", args.work / "images" / part]
-    if (folder / "last.pt").exists():
-        words += ["--resume", folder / "last.pt"]
-    else:
-        words += ["--out", folder, "--epochs", epochs, "--lr", rate, "--seed", seed]
-        words += ["--depth", depth, "--opt", opt, *args.flags]
-        words += [] if arm == "residual" else ["--skipless", "--init", arm.split("-")[1]]
-    return Run(name, tuple(words), int(depth) * epochs)
-
-
-def probe(args: argparse.Namespace, trained: str, depth: int, blocks: str) -> Run:
-    """A linear probe on the tokens of a finished run; blocks: one of PROBES."""
-    quarters = {-(-depth * i // 4) for i in (1, 2, 3, 4)}
-    read = sorted(quarters) if blocks == "quarters" else [depth]
-    name = f"{trained}/{blocks}"
-    words = ["eval_dense.py", "segment", args.work / trained / "last.pt", "--data", args.camvid]
-    words += ["--ignore", 11, "--epochs", 10, "--blocks", *read, "--out", args.work / name]
-    return Run(name, tuple(words), 2 * depth)  # about the time of two epochs
-
-
-def missing_runs(args: argparse.Namespace, cell: str) -> tuple[list[Run], list[Run]]:
-    """(what can be started now, what is known to follow) of a cell."""
-    logs = tuning_logs(args, cell)
-    rates = next_rates(logs, args.metric, args.rates)
-    now = [training(args, "tune", cell, rate, TUNING_SEED) for rate in rates]
-    best = best_rate(logs, args.metric) if logs else 0.0
-    if not rates and not logs[best]:
-        return [], []  # it diverges at every rate
-    later = []
-    for run in [training(args, "full", cell, best, seed) for seed in args.seeds]:
-        log = None if rates else log_of(args, run.name)
-        if log is None:
-            (later if rates else now).append(run)
-        for blocks in PROBES if args.camvid and log != [] else ():
-            look = probe(args, run.name, int(cell.split("-")[-2]), blocks)
-            if not (args.work / look.name / "segment.json").exists():
-                (now if log else later).append(look)
-    return now, later
-
-
 # --------------------------------------------------------------------------------------------------
 # Doing it
 # --------------------------------------------------------------------------------------------------
 
 
-def plan(args: argparse.Namespace, cells: list[str]) -> tuple[list[Run], list[Run]]:
-    """`missing_runs` of all cells."""
-    each = [missing_runs(args, cell) for cell in cells]
-    return [run for now, _ in each for run in now], [run for _, later in each for run in later]
+def training(args: argparse.Namespace, folder: Path) -> list:
+    """The command of a tuning or final run."""
+    arm, depth, opt, rate, seed = parts(folder)
+    part = folder.parent.name
+    words = [args.script, "--data", args.work / "images" / part]
+    if (folder / "last.pt").exists():
+        return [*words, "--resume", folder / "last.pt"]
+    epochs = args.tune_epochs if part == "tune" else args.epochs
+    words += ["--out", folder, "--epochs", epochs, "--lr", rate, "--seed", seed]
+    words += ["--depth", depth, "--opt", opt, *args.flags]
+    return words if arm == "residual" else [*words, "--skipless", "--init", arm.split("-")[1]]
 
 
-def start(args: argparse.Namespace, run: Run) -> subprocess.Popen:
-    script, *words = run.words
-    files.make_folder(args.work / run.name)
-    with open(args.work / run.name / "output.txt", "a") as output:
-        # A session of its own: Ctrl-C in a terminal would reach it beside the signal that the sweep
-        # sends, and on the second a trainer does not save.
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / script), *map(str, words)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+def probe(args: argparse.Namespace, folder: Path) -> list:
+    """The command of a linear probe on the tokens of the finished run that its folder is in."""
+    _, depth, *_ = parts(folder.parent)
+    quarters = sorted({-(-depth * i // 4) for i in (1, 2, 3, 4)})
+    words = ["eval_dense.py", "segment", folder.parent / "last.pt", "--data", args.camvid]
+    words += ["--ignore", 11, "--epochs", 10, "--out", folder]
+    return [*words, "--blocks", *(quarters if folder.name == "quarters" else [depth])]
 
 
-def outcome(args: argparse.Namespace, run: Run, code: int) -> str:
-    """What became of a run that ended, in a few words; what is no result ends the sweep."""
-    folder = args.work / run.name
+def start(args: argparse.Namespace, folder: Path) -> subprocess.Popen:
+    script, *words = (probe if folder.name in PROBES else training)(args, folder)
+    command = [sys.executable, str(ROOT / script), *map(str, words)]
+    # A session of its own: Ctrl-C in a terminal would reach it beside the signal that the sweep
+    # sends, and on the second a trainer does not save.
+    how = dict(env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    files.make_folder(folder)
+    with open(folder / "output.txt", "a") as output:
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **how)
+
+
+def result_of(args: argparse.Namespace, folder: Path) -> str | None:
+    """What a finished run came to, in a few words."""
+    if (folder / "segment.json").exists():
+        return "measured"
+    log = log_of(args, folder)
+    if log is None:
+        return None
+    return f"{args.metric} {log[-1][args.metric]:.1f}" if log else "diverged"
+
+
+def judged(args: argparse.Namespace, folder: Path, code: int) -> str:
+    """`result_of` a run that ended; one without a result ends the sweep."""
     last = ["no output", *(folder / "output.txt").read_text().strip().splitlines()][-1]
     if code == 1 and last.startswith("error: ") and "--lr" in last:  # something was not finite
         (folder / "diverged.txt").write_text(last + "\n")
-        return "diverged"
-    if code:
+    elif code:
         cli.fail(f"{folder} ended with code {code}: {last.removeprefix('error: ')}", code=1)
-    if (folder / "segment.json").exists():
-        return "measured"
-    if log := log_of(args, run.name):
-        return f"{args.metric} {log[-1][args.metric]:.1f}"
+    if result := result_of(args, folder):
+        return result
     cli.fail(f"{folder}: the run ended well, but left no result; remove this folder", code=1)
 
 
-def first_to_end(running: dict[Run, subprocess.Popen], asked: list[int]) -> Run:
-    while True:
-        for run, process in running.items():
-            if process.poll() is not None:
-                return run
-        if asked:
-            cli.fail("interrupted; the same command continues", code=128 + asked[0])
-        time.sleep(0.1)
+def run_all(args: argparse.Namespace, folders: list[Path], asked: list[int]) -> None:
+    """Those runs that have no result yet, args.jobs at a time; prints a line as each ends.
 
-
-def work_through(args: argparse.Namespace, cells: list[str]) -> None:
-    """Every run of every cell, args.jobs at a time; prints a line as each ends."""
-    asked, running, done, cost, begun = [], {}, 0, 0.0, time.time()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: asked.append(number))
-    now, later = plan(args, cells)
+    asked: signals that came in.
+    """
+    waiting = [x for x in dict.fromkeys(folders) if result_of(args, x) is None]
+    running, number, done = {}, len(waiting), 0
     try:
-        while True:
-            waiting = [run for run in now if run.name not in {r.name for r in running}]
-            for run in waiting[: args.jobs - len(running)]:
-                running[run] = start(args, run)
-            if not running:
-                return
-            run = first_to_end(running, asked)
-            result = outcome(args, run, running.pop(run).returncode)
-            now, later = plan(args, cells)
-            done, cost, left = done + 1, cost + run.cost, now + later
-            minutes = (time.time() - begun) / 60 * sum(r.cost for r in left) / cost
-            count = f"run {done} of {done + len(left)}"  # the second grows as rates are added
-            print(f"{count}  {run.name}  {result}  about {minutes:.0f} min to go", flush=True)
+        while waiting or running:
+            while waiting and len(running) < args.jobs:
+                folder = waiting.pop(0)
+                running[folder] = start(args, folder)
+            time.sleep(0.1)
+            for folder in [x for x, process in running.items() if process.poll() is not None]:
+                result = judged(args, folder, running.pop(folder).returncode)
+                done, name = done + 1, folder.relative_to(args.work)
+                print(f"run {done} of {number}  {name}  {result}", flush=True)
+            if asked:
+                cli.fail("interrupted; the same command continues", code=128 + asked[0])
     finally:
         for process in running.values():
             process.terminate()  # trainers save
@@ -220,30 +184,48 @@ def work_through(args: argparse.Namespace, cells: list[str]) -> None:
             process.wait()
 
 
-def link_images(args: argparse.Namespace) -> dict[Path, str]:
-    """Links to make -> files: WORK/images/full/{train,val} with the first classes of DATA, and
-    WORK/images/tune/{train,val} with its training images, every fifth of a class in val."""
-    sets = {split: image_folder(str(args.data.absolute()), split) for split in ("train", "val")}
-    names, links, images = sets["train"].classes[: args.classes], {}, args.work / "images"
-    if len(names) < (args.classes or 0):
-        cli.fail(f"--classes {args.classes}: --data {args.data} has {len(names)}")
-    for split, files_of in sets.items():
-        for name in names:
-            label = files_of.class_to_idx.get(name)
-            paths = [path for path, its_label in files_of.samples if its_label == label]
-            if len(paths) < 2:
-                cli.fail(f"--data {args.data}: {name} needs two images in train/ and two in val/")
-            for number, path in enumerate(paths):
-                file = Path(path).relative_to(files_of.root)
-                links[images / "full" / split / file] = path
-                if split == "train":
-                    links[images / "tune" / ("train" if number % 5 else "val") / file] = path
-    return links
+def work_through(args: argparse.Namespace, cells: list[str]) -> None:
+    """Round after round: tuning until no cell has a rate left to try, final runs, linear probes."""
+    asked, final = [], []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: asked.append(number))
+    while tuning := [
+        args.work / f"tune/{cell}-lr{rate:g}-seed{TUNING_SEED}"
+        for cell in cells
+        for rate in next_rates(tuning_logs(args, cell), args.metric, args.rates)
+    ]:
+        run_all(args, tuning, asked)
+    for cell in cells:
+        logs = tuning_logs(args, cell)
+        if any(logs.values()):  # else it diverges at every rate
+            best = best_rate(logs, args.metric)
+            final += [args.work / f"full/{cell}-lr{best:g}-seed{seed}" for seed in args.seeds]
+    run_all(args, final, asked)
+    trained = [folder for folder in final if log_of(args, folder)]
+    if args.camvid:
+        run_all(args, [folder / blocks for folder in trained for blocks in PROBES], asked)
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """WORK with the links to the images, and sweep.json, which says what all runs in it share."""
-    links = link_images(args)
+    """WORK/sweep.json, which says what all runs in WORK share, and links to the images:
+
+    WORK/images/full/{train,val} to the first classes of DATA; WORK/images/tune/{train,val} to their
+    training images, every fifth of a class in val.
+    """
+    data, images = args.data.absolute(), args.work / "images"
+    train, _ = image_folders(str(data), check=False)
+    names, links, seen = train.classes[: args.classes], {}, Counter()
+    if len(names) < (args.classes or 0):
+        cli.fail(f"--classes {args.classes}: --data {args.data} has {len(names)}")
+    for name in names:
+        for split in ("train", "val"):
+            links[images / "full" / split / name] = data / split / name
+    for path, label in train.samples:
+        if label < len(names):
+            part = "train" if seen[label] % 5 else "val"
+            links[images / "tune" / part / Path(path).relative_to(train.root)] = Path(path)
+            seen[label] += 1
+
     facts = {x: vars(args)[x] for x in ("script", "classes", "tune_epochs", "epochs", "flags")}
     kept = args.work / "sweep.json"
     before = json.loads(kept.read_text()) if kept.exists() else facts
@@ -252,11 +234,11 @@ def prepare(args: argparse.Namespace) -> None:
             cli.fail(f"--work {args.work} has runs with {name} {before[name]}, not {facts[name]}")
     files.make_folder(args.work)
     files.write_atomically(kept, lambda temporary: temporary.write_text(json.dumps(facts)))
-    for place, path in links.items():
+    for place, target in links.items():
         place.parent.mkdir(parents=True, exist_ok=True)
-        if not place.is_symlink():
-            place.symlink_to(path)
-        elif os.readlink(place) != path:
+        if not os.path.lexists(place):
+            place.symlink_to(target)
+        elif place.resolve() != target.resolve():
             cli.fail(f"--work {args.work} has links to another --data; name another folder")
 
 
@@ -299,24 +281,24 @@ def draw(path: Path, curves: dict[tuple, np.ndarray], title: str) -> None:
 
     curves: (optimizer, depth, arm) -> `curve`.
     """
-    panels, arms = sorted({at[:2] for at in curves}), sorted({at[2] for at in curves})
+    panels = sorted({(opt, depth) for opt, depth, _ in curves})
     size = dict(figsize=(4.2 * len(panels), 3.6), layout="constrained")
     figure, axes = pictures.plt.subplots(1, len(panels), sharey=True, squeeze=False, **size)
     lines = {}
     for (opt, depth, arm), (epochs, middle, lowest, highest) in curves.items():
-        ax, colour = axes[0][panels.index((opt, depth))], pictures.colour_of(arm, arms)
+        ax, colour = axes[0][panels.index((opt, depth))], pictures.colour_of(arm, [arm])
         [lines[arm]] = ax.plot(epochs, middle, color=colour, marker=".")
         ax.fill_between(epochs, lowest, highest, color=colour, alpha=0.2, linewidth=0)
         ax.set_xlabel("epoch")
         ax.xaxis.set_major_locator(pictures.MaxNLocator(integer=True))
         pictures.tidy(ax, f"{title}, {depth} blocks, {opt}")
-    style = dict(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    figure.legend(lines.values(), lines, **style)
+    below = dict(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(lines.values(), lines, **below)
     pictures.save_figure(figure, path)
     print(path)
 
 
-def probe_rows(args: argparse.Namespace, row: list, start: str) -> list[list]:
+def probe_rows(args: argparse.Namespace, cell: list, start: str) -> list[list]:
     """mIoU in percent, from what `eval_dense.py segment` wrote of the runs whose name starts so."""
     rows = []
     for blocks in PROBES:
@@ -325,38 +307,34 @@ def probe_rows(args: argparse.Namespace, row: list, start: str) -> list[list]:
             # of the commonest class everywhere, of the backbone, of the same before training
             one_class, trained, untrained = ([x["miou"] for x in kind] for kind in zip(*scores))
             ends = [f"{mean(x):.1f}" for x in (untrained, one_class)]
-            rows.append([*row, blocks, *spread(trained), len(trained), *ends])
+            rows.append([*cell, blocks, *spread(trained), len(trained), *ends])
     return rows
 
 
 def show(args: argparse.Namespace) -> None:
     """table.md, curves.png and, of probes, probes.md in WORK: of all cells found there."""
-    names = {path.name.split("-lr")[0] for path in args.work.glob("tune/*-lr*-seed*")}
-    cells = [(opt, int(depth), arm) for arm, depth, opt in (name.rsplit("-", 2) for name in names)]
+    names = [parts(folder) for folder in args.work.glob("tune/*-lr*-seed*")]
     rows, probes, curves, metric = [], [], {}, args.metric
-    for opt, depth, arm in sorted(cells):  # of the arms residual comes first
-        cell = f"{arm}-{depth}-{opt}"
-        tuned = tuning_logs(args, cell)
+    # of the arms residual comes first
+    for opt, depth, arm in sorted({(opt, depth, arm) for arm, depth, opt, *_ in names}):
+        tuned = tuning_logs(args, f"{arm}-{depth}-{opt}")
         if not any(tuned.values()):
             continue
         rate = best_rate(tuned, metric)
         row = [arm, depth, opt, f"{tuned[rate][-1][metric]:.1f}", f"{rate:g}"]
-        start = f"full/{cell}-lr{rate:g}-seed"
-        paths = args.work.glob(f"{start}*")
-        logs = [log_of(args, str(path.relative_to(args.work))) for path in paths]
+        start = f"full/{arm}-{depth}-{opt}-lr{rate:g}-seed"
+        logs = [log_of(args, folder) for folder in args.work.glob(f"{start}*")]
         if finished := [log for log in logs if log]:
-            last, diverged = [log[-1] for log in finished], logs.count([])
-            curves[opt, depth, arm] = own = curve(finished, metric)
-            row += spread([r[metric] for r in last])
-            row += [f"{len(last)} ({diverged} diverged)" if diverged else len(last)]
-            row += [steps_multiple(own, curves.get((opt, depth, "residual")))]
-            row += [f"{median(r['images_per_s'] for r in last):.0f}"]
-            row += [f"{sum(r['minutes'] for r in last) / 60:.2f}"]
+            diverged = logs.count([])
+            curves[opt, depth, arm] = curve(finished, metric)
+            row += spread([log[-1][metric] for log in finished])
+            row += [f"{len(finished)} ({diverged} diverged)" if diverged else len(finished)]
+            row += [steps_multiple(curves[opt, depth, arm], curves.get((opt, depth, "residual")))]
         rows.append(row)
         probes += probe_rows(args, [arm, depth, opt], start)
     if not rows:
         cli.fail(f"{args.work} holds no finished tuning run")
-    columns = "arm, blocks, optimizer, held back, rate, val, range, seeds, steps, images/s, hours"
+    columns = "arm, blocks, optimizer, held back, rate, val, range, seeds, steps"
     write_table(args.work / "table.md", columns, rows)
     if probes:
         columns = "arm, blocks, optimizer, read, mIoU, range, seeds, untrained, one class"

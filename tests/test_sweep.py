@@ -5,8 +5,6 @@ Most tests put a stub in the trainers' place, which writes a log in a moment; on
 
 import importlib.util
 import json
-import os
-import re
 import shutil
 import signal
 import types
@@ -27,15 +25,13 @@ from pathlib import Path
 words, here = sys.argv[1:], Path(__file__).parent
 flag = {a: b for a, b in zip(words, words[1:]) if a.startswith("--")}
 out = Path(flag["--out"]) if "--out" in flag else Path(flag["--resume"]).parent
-name = "/".join(out.parts[out.parts.index("tune" if "tune" in out.parts else "full"):])
+name = str(out.relative_to(here.parent / "work"))
 orders = json.loads((here / "orders.json").read_text())
 order = next((order for part, order in orders.items() if part in name), "")
-begun = time.time()
 
 def leave(code, text):
     print(text)
-    call = dict(name=name, words=words, order=order, threads=os.environ["OMP_NUM_THREADS"])
-    call |= dict(times=[begun, time.time()], code=code)
+    call = dict(name=name, words=words, code=code, threads=os.environ["OMP_NUM_THREADS"])
     with open(here / "calls.jsonl", "a") as file:
         file.write(json.dumps(call) + "\\n")
     raise SystemExit(code)
@@ -44,55 +40,43 @@ if words[0] == "segment":
     at = dict(last=10.0, quarters=20.0)[out.name] + int(name.split("seed")[1][0])
     networks = {"class 3 everywhere": 2.0, "net": at, "net, untrained": at - 5}
     results = {key: dict(miou=miou) for key, miou in networks.items()}
-    out.mkdir(parents=True, exist_ok=True)
     (out / "segment.json").write_text(json.dumps(dict(results=results)))
     leave(0, "measured")
-if "--resume" in flag:
-    flag = json.loads(Path(flag["--resume"]).read_text()) | flag
-if order == "diverge":
-    leave(1, "error: the loss is nan at epoch 1, step 2; nothing saved yet. Usual causes: --lr")
-if order == "refuse":
-    leave(2, "error: --patch-size 7 does not divide --image-size 16")
-if order == "bad rate":
-    leave(2, "error: --lr must be positive")
-if order == "full disk":
-    leave(1, "error: cannot write last.pt")
-if order == "crash":
-    leave(1, "ValueError: --lr is not at fault")
+if isinstance(order, list):
+    leave(*order)
+if order == "hang":
+    time.sleep(100)
 if order == "wait" and "--resume" not in flag:
     signals = []
     signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
     signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
-    os.kill(int((here / "parent").read_text()), signal.SIGINT)
+    os.kill(os.getppid(), signal.SIGINT)
     while not signals:
         time.sleep(0.05)
     time.sleep(0.3)  # a second signal would be seen
     (out / "last.pt").write_text(json.dumps(flag))
     leave(100 + len(signals), "stopped")
-if order == "slow":
-    time.sleep(0.5)
-best = 1e-2 if "--skipless" not in flag and "--skipless" not in words else 1e-4
-away = abs(log10(float(flag["--lr"])) - log10(best))
-value = 50 - 10 * away + int(flag["--seed"])
-epochs = int(flag["--epochs"])
-rows = [
-    dict(epoch=e, top1=value + 2 * (e < epochs), knn=value, val_loss=1.0, images_per_s=1.0)
-    | dict(minutes=3.0)
-    for e in range(1, epochs + 1)
-]
+if "--resume" in flag:
+    flag = json.loads(Path(flag["--resume"]).read_text())
+best = 1e-4 if "skipless" in name else 1e-2
+value = 50 - 10 * abs(log10(float(flag["--lr"]) / best)) + int(flag["--seed"])
+rows = [dict(epoch=e + 1, top1=value + 2, knn=value) for e in range(int(flag["--epochs"]))]
+rows[-1]["top1"] = value  # lower than before: the last counts, not the best
 if order == "no last row":
-    rows = rows[:-1]
-(out / "last.pt").write_text(json.dumps(flag))
+    rows.pop()
 (out / "log.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
 leave(0, "top-1")
 """
 FLAGS = "--classes 3 --depths 2 --jobs 2 --tune-epochs 1 --epochs 2 --seeds 0 1".split()
+DIVERGED = [1, "error: the loss is nan at epoch 1, step 2; nothing saved yet. Usual causes: --lr"]
 
 
 @pytest.fixture
 def stubbed(tmp_path, image_root, monkeypatch, capsys):
     """`sweep.main` on stubs of the scripts: run(*words), end(*words) where it must end early,
-    calls() what was called, order(**orders) what the stubs whose folder has these words do."""
+    order(**orders) what the stubs whose folder has these words do ("hang", "wait", "no last row" or
+    [code, words] to end with), calls() what they were called with, table() its rows, processes all
+    that were started, alive how many of them the sweep held at each start."""
 
     def words_of(words: tuple) -> list:
         return ["--data", image_root, "--work", tmp_path / "work", *FLAGS, *words]
@@ -101,22 +85,29 @@ def stubbed(tmp_path, image_root, monkeypatch, capsys):
         path = stubs / "calls.jsonl"
         return [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
 
-    stubs = tmp_path / "stubs"
+    def start(args, folder):
+        processes.append(real_start(args, folder))
+        alive.append(sum(process.returncode is None for process in processes))
+        return processes[-1]
+
+    stubs, processes, alive, real_start = tmp_path / "stubs", [], [], sweep.start
     stubs.mkdir()
     for script in ("train_cls.py", "train_ssl.py", "eval_dense.py"):
         (stubs / script).write_text(STUB)
-    (stubs / "parent").write_text(str(os.getpid()))
     (stubs / "orders.json").write_text("{}")
     monkeypatch.setattr(sweep, "ROOT", stubs)
+    monkeypatch.setattr(sweep, "start", start)
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     yield types.SimpleNamespace(
         work=tmp_path / "work",
         run=lambda *words: run_main(sweep.main, words_of(words), tmp_path, monkeypatch),
         end=lambda *words: run_here(sweep.main, words_of(words), tmp_path, monkeypatch, capsys),
-        end_bare=lambda *words: run_here(sweep.main, words, tmp_path, monkeypatch, capsys),
         calls=calls,
+        processes=processes,
+        alive=alive,
         order=lambda **orders: (stubs / "orders.json").write_text(json.dumps(orders)),
         out=lambda: capsys.readouterr().out,
+        table=lambda name="table.md": rows_of((tmp_path / "work" / name).read_text())[2:],
     )
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -130,9 +121,13 @@ def rates(calls: list[dict], part: str, arm: str) -> list[float]:
     return sorted(float(flag(c, "--lr")) for c in calls if c["name"].startswith(f"{part}/{arm}"))
 
 
+def seeds(calls: list[dict], start: str) -> list[str]:
+    return sorted(flag(call, "--seed") for call in calls if call["name"].startswith(start))
+
+
 def write_log(folder, rows: list[dict]) -> None:
     folder.mkdir(parents=True)
-    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sweep.files.write_log(folder / "log.jsonl", rows)
 
 
 def rows_of(table: str) -> list[list[str]]:
@@ -154,18 +149,14 @@ def test_rates_are_extended_until_the_best_has_a_worse_one_on_either_side(stubbe
     assert rates(calls, "full", "skipless-paper") == [1e-4, 1e-4]
     for call in calls:
         part, arm = call["name"].split("-2-soap")[0].split("/")
-        assert flag(call, "--epochs") == {"tune": "1", "full": "2"}[part]
-        assert flag(call, "--data").endswith(f"images/{part}")
-        assert (flag(call, "--depth"), flag(call, "--opt")) == ("2", "soap")
-        assert flag(call, "--batch-size") == "12" and call["threads"] == "1"
-        if part == "tune":
-            assert flag(call, "--seed") == "0"
-        if arm == "residual":
-            assert not {"--skipless", "--init"} & set(call["words"])
-        else:
-            assert "--skipless" in call["words"] and flag(call, "--init") == "paper"
-    seeds = [flag(call, "--seed") for call in calls if call["name"].startswith("full/residual")]
-    assert sorted(seeds) == ["0", "1"]
+        given = {name: flag(call, f"--{name}") for name in ("epochs", "depth", "opt", "batch-size")}
+        epochs = {"tune": "1", "full": "2"}[part]
+        assert given == {"epochs": epochs, "depth": "2", "opt": "soap", "batch-size": "12"}
+        assert flag(call, "--data").endswith(f"images/{part}") and call["threads"] == "1"
+        init = [word for word in call["words"] if word in ("--skipless", "--init", "paper")]
+        assert init == ([] if arm == "residual" else ["--skipless", "--init", "paper"])
+    assert seeds(calls, "tune") == ["0"] * (4 + 5)
+    assert seeds(calls, "full") == ["0", "0", "1", "1"]
 
 
 def test_given_rates_are_all_tried_and_extended_too(stubbed):
@@ -176,11 +167,9 @@ def test_given_rates_are_all_tried_and_extended_too(stubbed):
 def test_every_depth_and_optimizer_is_tuned_by_itself(stubbed):
     words = "--arms residual --depths 1 3 --opts soap adamw --rates 1e-2 --seeds 4".split()
     stubbed.run(*words)
-    calls = stubbed.calls()
-    full = [call for call in calls if call["name"].startswith("full")]
-    cells = {(flag(call, "--depth"), flag(call, "--opt")) for call in full}
-    assert len(calls) == 4 * (3 + 1) and len(full) == len(cells) == 4
-    assert {flag(call, "--seed") for call in full} == {"4"}
+    cells = [(flag(call, "--depth"), flag(call, "--opt")) for call in stubbed.calls()]
+    assert len(set(cells)) == 4 and sorted(cells) == sorted([*set(cells)] * (3 + 1))
+    assert seeds(stubbed.calls(), "full") == ["4"] * 4
 
 
 def test_of_equal_rates_the_lower_loss_then_the_lower_rate_is_best():
@@ -198,27 +187,21 @@ def test_of_equal_rates_the_lower_loss_then_the_lower_rate_is_best():
 
 def test_the_held_back_part_is_every_fifth_training_image_by_links(stubbed, image_root):
     stubbed.run("--arms", "residual", "--classes", "2")
-    images = stubbed.work / "images"
 
-    def inside(folder) -> dict[str, list]:
+    def images_in(folder) -> dict[str, list]:
         return {d.name: sorted(d.iterdir()) for d in sorted(folder.iterdir())}
 
-    def names(folder) -> dict[str, list[str]]:
-        return {name: [path.name for path in paths] for name, paths in inside(folder).items()}
+    def originals(part: str) -> dict[str, list]:
+        found = images_in(stubbed.work / "images" / part)
+        return {name: [path.resolve() for path in paths] for name, paths in found.items()}
 
-    first_two = {name: names(image_root / "train")[name] for name in ("class0", "class1")}
-    assert all(len(files) == 12 for files in first_two.values())
-    assert names(images / "tune/val") == {k: v[::5] for k, v in first_two.items()}
-    kept = {k: [f for f in v if f not in v[::5]] for k, v in first_two.items()}
-    assert names(images / "tune/train") == kept
-    assert names(images / "full/train") == first_two
-    val = names(image_root / "val")
-    assert names(images / "full/val") == {name: val[name] for name in first_two}
-    for split, source in (("tune/val", "train"), ("full/train", "train"), ("full/val", "val")):
-        for name, paths in inside(images / split).items():
-            for path in paths:
-                assert path.is_symlink()
-                assert path.resolve() == (image_root / source / name / path.name).resolve()
+    train, val = images_in(image_root / "train"), images_in(image_root / "val")
+    train, val = ({name: x[name] for name in ("class0", "class1")} for x in (train, val))
+    assert all(len(paths) == 12 for paths in train.values())
+    assert originals("full/train") == train and originals("full/val") == val
+    assert originals("tune/val") == {name: paths[::5] for name, paths in train.items()}
+    kept = {name: [x for x in paths if x not in paths[::5]] for name, paths in train.items()}
+    assert originals("tune/train") == kept
 
 
 # --------------------------------------------------------------------------------------------------
@@ -226,38 +209,33 @@ def test_the_held_back_part_is_every_fifth_training_image_by_links(stubbed, imag
 # --------------------------------------------------------------------------------------------------
 
 
-def test_what_is_finished_is_not_made_again_and_a_new_seed_is_added(stubbed):
+def test_what_is_finished_is_not_made_again_and_a_new_seed_is_added_once(stubbed):
     stubbed.run("--arms", "residual")
-    before = len(stubbed.calls())
-    assert before == 4 + 2
+    assert len(stubbed.calls()) == 4 + 2
     stubbed.run("--arms", "residual")
-    assert len(stubbed.calls()) == before
-    stubbed.run("--arms", "residual", "--seeds", "7", "0")
-    assert [flag(c, "--seed") for c in stubbed.calls()[before:]] == ["7"]
+    assert len(stubbed.calls()) == 4 + 2
+    stubbed.run("--arms", "residual", "--seeds", "7", "0", "7")
+    assert seeds(stubbed.calls()[4 + 2 :], "full") == ["7"] and len(stubbed.calls()) == 4 + 3
 
 
-def test_so_many_runs_at_a_time_as_jobs(stubbed):
-    def most_at_once(calls: list[dict]) -> int:
-        spans = [call["times"] for call in calls]
-        return max(sum(a <= begun < b for a, b in spans) for begun, _ in spans)
-
-    stubbed.order(**{"seed": "slow"})
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_so_many_runs_at_a_time_as_jobs(stubbed, jobs):
     words = "--arms residual --seeds 0 --rates 1e-3 3e-3 1e-2 3e-2 1e-1 --jobs".split()
-    stubbed.run(*words, "2")
-    assert most_at_once(stubbed.calls()) == 2
-    before = len(stubbed.calls())
-    stubbed.run("--arms", "residual", "--seeds", "3", "4", "--jobs", "1")
-    assert most_at_once(stubbed.calls()[before:]) == 1
+    stubbed.run(*words, str(jobs))
+    assert max(stubbed.alive) == jobs and len(stubbed.alive) == 5 + 1
 
 
-def test_a_progress_line_for_each_run_counts_to_the_end(stubbed):
+def test_a_progress_line_for_each_run_counts_to_the_end_of_a_round(stubbed):
     stubbed.run("--arms", "residual", "--jobs", "1")
-    lines = [line for line in stubbed.out().splitlines() if line.startswith("run ")]
-    first = r"run 1 of 4  tune/residual-2-soap-lr0.001-seed0  top1 40.0  about \d+ min to go"
-    assert re.fullmatch(first, lines[0])
-    assert "full/residual-2-soap-lr0.01-seed0  top1 50.0  about" in lines[-2]  # of the last epoch
-    assert [line.split("  ")[0] for line in lines[-2:]] == ["run 5 of 6", "run 6 of 6"]
-    assert lines[-1].endswith("about 0 min to go") and max(map(len, lines)) <= 100
+    cell = "residual-2-soap"
+    assert [line for line in stubbed.out().splitlines() if line.startswith("run ")] == [
+        f"run 1 of 2  tune/{cell}-lr0.001-seed0  top1 40.0",
+        f"run 2 of 2  tune/{cell}-lr0.003-seed0  top1 44.8",
+        f"run 1 of 1  tune/{cell}-lr0.01-seed0  top1 50.0",
+        f"run 1 of 1  tune/{cell}-lr0.03-seed0  top1 45.2",
+        f"run 1 of 2  full/{cell}-lr0.01-seed0  top1 50.0",  # of the last epoch
+        f"run 2 of 2  full/{cell}-lr0.01-seed1  top1 51.0",
+    ]
 
 
 def test_interrupted_runs_are_told_once_saved_and_continued(stubbed):
@@ -265,51 +243,52 @@ def test_interrupted_runs_are_told_once_saved_and_continued(stubbed):
     done = stubbed.end("--arms", "residual", "--jobs", "1")
     assert done.returncode == 130
     assert done.stderr == "error: interrupted; the same command continues\n"
-    [stopped] = [call for call in stubbed.calls() if call["order"] == "wait"]
+    stopped = stubbed.calls()[-1]
     assert stopped["code"] == 101  # one signal
     stubbed.run("--arms", "residual", "--jobs", "1")
     again = stubbed.calls()[-1]
     assert again["name"] == stopped["name"] and flag(again, "--resume").endswith("last.pt")
     assert set(again["words"]) & {"--lr", "--out"} == set()  # the checkpoint knows
-    assert len(rows_of((stubbed.work / "table.md").read_text())) == 3
+    assert len(stubbed.table()) == 1
 
 
 def test_a_diverged_run_is_recorded_not_repeated_and_shown(stubbed):
-    stubbed.order(**{"tune/residual-2-soap-lr0.03": "diverge", "lr0.01-seed1": "diverge"})
+    stubbed.order(**{"tune/residual-2-soap-lr0.03": DIVERGED, "lr0.01-seed1": DIVERGED})
     stubbed.run("--arms", "residual", "--seeds", "0", "1", "2")
     calls = stubbed.calls()
     assert rates(calls, "tune", "residual")[-1] == 3e-2
     stubbed.run("--arms", "residual", "--seeds", "0", "1", "2")
     assert len(stubbed.calls()) == len(calls)
-    row = rows_of((stubbed.work / "table.md").read_text())[2]
-    assert row[5:8] == ["51.0", "50.0 .. 52.0", "2 (1 diverged)"]
-    assert "diverged" in stubbed.out()
+    assert stubbed.table()[0][5:8] == ["51.0", "50.0 .. 52.0", "2 (1 diverged)"]
+    assert "lr0.01-seed1  diverged" in stubbed.out()
 
 
 def test_an_arm_that_diverges_at_every_rate_is_given_up(stubbed, monkeypatch):
     monkeypatch.setattr(sweep, "LADDER", [3e-4, 1e-3, 3e-3, 1e-2])
-    stubbed.order(**{"skipless": "diverge"})
+    stubbed.order(skipless=DIVERGED)
     stubbed.run("--arms", "residual", "skipless-default")
     assert rates(stubbed.calls(), "tune", "skipless-default") == [3e-4, 1e-3, 3e-3]
     assert rates(stubbed.calls(), "full", "skipless-default") == []
-    assert len(rows_of((stubbed.work / "table.md").read_text())) == 3
+    assert [row[0] for row in stubbed.table()] == ["residual"]
 
 
 @pytest.mark.parametrize(
     "order, words",
     [
-        ("refuse", "ended with code 2: --patch-size 7 does not divide"),
-        ("bad rate", "ended with code 2: --lr must be positive"),
-        ("crash", "ended with code 1: ValueError"),
-        ("full disk", "ended with code 1: cannot write last.pt"),
+        ([2, "error: --patch-size 7 is odd"], "ended with code 2: --patch-size 7 is odd"),
+        ([2, "error: --lr must be positive"], "ended with code 2: --lr must be positive"),
+        ([1, "ValueError: --lr is not at fault"], "ended with code 1: ValueError"),
+        ([1, "error: cannot write last.pt"], "ended with code 1: cannot write last.pt"),
         ("no last row", "left no result; remove this folder"),
     ],
 )
 def test_a_run_that_fails_ends_the_sweep_in_one_line_and_is_not_repeated(stubbed, order, words):
-    stubbed.order(**{"lr0.003": order, "lr0.001": "slow"})
+    stubbed.order(**{"lr0.003": order, "lr0.001": "hang"})
     done = stubbed.end("--arms", "residual", "--jobs", "2")
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and words in done.stderr
-    assert [call["order"] for call in stubbed.calls()].count(order) == 1
+    hung, failed = stubbed.processes
+    assert hung.returncode == -signal.SIGTERM  # ended with the sweep
+    assert failed.returncode == (0 if order == "no last row" else order[0])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -320,43 +299,31 @@ def test_a_run_that_fails_ends_the_sweep_in_one_line_and_is_not_repeated(stubbed
 def test_the_tables_figures(stubbed, tmp_path, monkeypatch):
     """Two arms whose logs are written here, on the folder of a sweep."""
 
-    def write(name: str, values: list, speed: float = 100.0) -> None:
-        rows = [
-            dict(epoch=i, top1=v, val_loss=1.0, images_per_s=speed, minutes=6.0 * i)
-            for i, v in enumerate(values, start=1)
-        ]
+    def write(name: str, *values: float) -> None:
+        rows = [dict(epoch=i, top1=v, val_loss=1.0) for i, v in enumerate(values, start=1)]
         write_log(work / name, rows)
 
     work = stubbed.work
-    for rate, values in (("0.001", [20.0, 30.0, 35.0]), ("0.003", [40.0, 50.0, 31.0])):
-        write(f"tune/residual-12-soap-lr{rate}-seed0", values)
-        write(f"tune/skipless-paper-12-soap-lr{rate}-seed0", values)
-    write("full/residual-12-soap-lr0.001-seed0", [10.0, 30.0, 60.0, 50.0], 90.0)
-    write("full/residual-12-soap-lr0.001-seed1", [10.0, 10.0, 40.0, 60.0])
-    write("full/residual-12-soap-lr0.001-seed2", [10.0, 90.0])  # stopped: not counted
-    write("full/residual-12-soap-lr0.003-seed0", [90.0] * 4)  # of another rate
-    write("full/skipless-paper-12-soap-lr0.001-seed0", [5.0, 15.0, 25.0, 35.0])
+    for arm in ("residual", "skipless-paper"):
+        write(f"tune/{arm}-12-soap-lr0.001-seed0", 20, 30, 35)
+        write(f"tune/{arm}-12-soap-lr0.003-seed0", 40, 50, 31)
+    write("full/residual-12-soap-lr0.001-seed0", 10, 30, 60, 50)
+    write("full/residual-12-soap-lr0.001-seed1", 10, 10, 40, 60)
+    write("full/residual-12-soap-lr0.001-seed2", 10, 90)  # stopped: not counted
+    write("full/residual-12-soap-lr0.003-seed0", 90, 90, 90, 90)  # of another rate
+    write("full/skipless-paper-12-soap-lr0.001-seed0", 5, 15, 25, 35)
     facts = dict(script="train_cls.py", classes=3, tune_epochs=3, epochs=4, flags=[])
     (work / "sweep.json").write_text(json.dumps(facts))
     run_main(sweep.main, ["--table", work], tmp_path, monkeypatch)
-    columns, _, residual, skipless = rows_of((work / "table.md").read_text())
-    shown = "| residual | 12 | soap | 35.0 | 0.001 | 55.0 | 50.0 .. 60.0 | 2 | 1.00 | 95 | 0.80 |"
-    assert shown in stubbed.out()
-    assert dict(zip(columns, residual)) == {
-        "arm": "residual",
-        "blocks": "12",
-        "optimizer": "soap",
-        "held back": "35.0",  # the last epoch's, at the rate whose last epoch is best
-        "rate": "0.001",
-        "val": "55.0",
-        "range": "50.0 .. 60.0",
-        "seeds": "2",
-        "steps": "1.00",
-        "images/s": "95",
-        "hours": "0.80",
-    }
-    # residual's mean is 10, 20, 50, 55: at 35 after 2.5 epochs, where this arm took 4
-    assert dict(zip(columns, skipless))["steps"] == "1.60"
+    # held back: the last epoch's, at the rate whose last epoch is best
+    # steps: residual's mean is 10, 20, 50, 55: at 35 after 2.5 epochs, where the other took 4
+    table = """
+| arm | blocks | optimizer | held back | rate | val | range | seeds | steps |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| residual | 12 | soap | 35.0 | 0.001 | 55.0 | 50.0 .. 60.0 | 2 | 1.00 |
+| skipless-paper | 12 | soap | 35.0 | 0.001 | 35.0 | 35.0 .. 35.0 | 1 | 1.60 |
+"""
+    assert table in stubbed.out() and table == "\n" + (work / "table.md").read_text()
     assert (work / "curves.png").stat().st_size > 10_000
 
 
@@ -384,24 +351,23 @@ def test_dino_is_compared_by_knn_and_probed_at_the_last_block_and_at_quarters(st
     for part in ("images", "masks"):
         (tmp_path / "camvid/train" / part).mkdir(parents=True)
     words = ["--script", "train_ssl.py", "--arms", "residual", "--depths", "6"]
-    stubbed.order(**{"seed2": "diverge"})
+    stubbed.order(seed2=DIVERGED)
     stubbed.run(*words, "--seeds", "0", "1", "2", "--camvid", tmp_path / "camvid")
     looks = [call for call in stubbed.calls() if call["words"][0] == "segment"]
     assert len(looks) == 4
     for call in looks:
         trained = call["name"].rsplit("/", 1)[0]
         assert call["words"][1] == str(stubbed.work / trained / "last.pt")
-        after = call["words"][call["words"].index("--blocks") + 1 :]
-        blocks = after[: after.index("--out")]
+        blocks = call["words"][call["words"].index("--blocks") + 1 :]
         assert blocks == (["2", "3", "5", "6"] if call["name"].endswith("quarters") else ["6"])
         assert (flag(call, "--data"), flag(call, "--ignore")) == (str(tmp_path / "camvid"), "11")
     out = stubbed.out()
-    last = re.findall(r"run (\d+) of (\d+)", out)[-1]
-    assert "knn 50.0" in out and last[0] == last[1]  # nothing awaited from the one that diverged
-    _, _, last, quarters = rows_of((stubbed.work / "probes.md").read_text())
+    assert "knn 50.0" in out and "run 4 of 4  full" in out  # none of the one that diverged
     head = ["residual", "6", "soap"]
-    assert last == [*head, "last", "10.5", "10.0 .. 11.0", "2", "5.5", "2.0"]
-    assert quarters == [*head, "quarters", "20.5", "20.0 .. 21.0", "2", "15.5", "2.0"]
+    assert stubbed.table("probes.md") == [
+        [*head, "last", "10.5", "10.0 .. 11.0", "2", "5.5", "2.0"],
+        [*head, "quarters", "20.5", "20.0 .. 21.0", "2", "15.5", "2.0"],
+    ]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -427,10 +393,13 @@ def test_what_cannot_be_is_refused_in_one_line(stubbed, words, message):
     assert stubbed.calls() == []
 
 
-def test_no_data_and_a_foreign_folder_are_refused(stubbed, image_root):
-    assert_fails_in_one_line(stubbed.end_bare(), "--data is needed")
-    done = stubbed.end_bare("--table", str(image_root))
-    assert_fails_in_one_line(done, "no sweep.json in it")
+def test_no_data_and_a_foreign_folder_are_refused(image_root, tmp_path, monkeypatch, capsys):
+    for words, message in (
+        ([], "--data is needed"),
+        (["--table", image_root], "no sweep.json in it"),
+    ):
+        done = run_here(sweep.main, words, tmp_path, monkeypatch, capsys)
+        assert_fails_in_one_line(done, message)
 
 
 def test_a_folder_takes_one_comparison_only(stubbed, image_root, tmp_path):
@@ -457,9 +426,8 @@ def test_a_folder_takes_one_comparison_only(stubbed, image_root, tmp_path):
 def test_a_real_sweep_of_two_arms(tmp_path, image_root, monkeypatch):
     """Half of it is done already, by logs written here: each process takes seconds to start."""
     monkeypatch.setattr(sweep, "LADDER", [])  # one rate is enough
-    row = dict(epoch=1, top1=20.0, val_loss=1.0, images_per_s=1.0, minutes=1.0)
-    write_log(tmp_path / "w/tune/residual-1-soap-lr0.003-seed0", [row])
-    rows = [row, row | dict(epoch=2)]
+    rows = [dict(epoch=epoch, top1=20.0, val_loss=1.0) for epoch in (1, 2)]
+    write_log(tmp_path / "w/tune/residual-1-soap-lr0.003-seed0", rows[:1])
     write_log(tmp_path / "w/full/skipless-paper-1-soap-lr0.003-seed0", rows)
     words = "--arms residual skipless-paper --depths 1 --rates 3e-3 --seeds 0 --jobs 1".split()
     words += ["--tune-epochs", 1, "--epochs", 2, "--work", "w", "--data", image_root]
