@@ -1,7 +1,7 @@
 """An init of our own, not the paper's: each block starts as the identity and keeps room to learn.
 
 A skip gives a block two things: what came in goes out, and what the block adds is free. Without
-skips the weights themselves have to do both, in five steps:
+skips the weights themselves have to do both, in six steps:
 
   identity    what a block is to pass on, its weights pass on exactly; a product of L blocks that
               are nearly the identity loses nothing, and so nothing dies on the way back either.
@@ -20,14 +20,16 @@ skips the weights themselves have to do both, in five steps:
               random projection of all coordinates, and write where no keeper writes.
   no gains    a block's LayerNorms have no gain and shift: they would multiply what the blocks pass
               on, 2 L times, where in a residual network they only touch the branch.
+  hold        Adam and SOAP move every entry about alike, those that carry as far as those that are
+              to learn. A skip does not move at all. So the pairs take a tenth of each step
+              (`hold_pairs`); keepers and fetchers are slow by their size c.
 
-Every constant, from d = dim, n = tokens, L = depth:
+Every constant, from d = dim, H = hidden, n = tokens, L = depth, l = the block's number, from 1 on:
 
-  c = d                 a step of size lr in every entry, as Adam's and SOAP's are at most, turns
-                        c I by a fraction lr at most: keepers hold while the rest learns
-  g = sqrt(d L / 12)    pairs have entries of variance L / 12: of one size with the steps, and
-                        heavier with depth, as L blocks' drift adds up; the 12 is fitted
-  std of S = 1/sqrt(L)  the free part of an MLP (H = 4 d) is then d/L beside the identity's g^2
+  S = N(0, 1/fan_in)    LeCun's: free units see unit variance, and put out about .65 of it
+  g^2 = 2 l             heavier from block to block, as a residual network's stream is, to which
+                        each block adds about as much: what block l learns then weighs about 1/l
+  c = d                 a step of size lr in every entry turns c I by a fraction lr
   delta = 1 - 1/(n L)   over all blocks a token gives up one token's share to the others
   a quarter fetches     of 8 heads 2 did better than 4 and no worse than 1
 
@@ -38,6 +40,7 @@ import math
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from minskip import blocks_of, set_
 
@@ -72,15 +75,19 @@ def own_token_bias(num_heads: int, tokens: int, depth: int) -> torch.Tensor:
 
 
 def mirrored_pairs(
-    dim: int, hidden: int, depth: int, generator: torch.Generator | None = None
+    dim: int, hidden: int, block: int, generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """W_1, (dim, hidden), and W_2, (hidden, dim), of an MLP that starts as g^2 x + (free units)."""
-    if hidden < 2 * dim:
+    """W_1, (dim, hidden), and W_2, (hidden, dim), of an MLP that starts as g^2 x + (free units).
+
+    block: its number, from 1 on.
+    """
+    free = hidden - 2 * dim
+    if free < 0:
         raise ValueError(f"mirrored pairs take 2 x {dim} hidden units; there are {hidden}")
     F = torch.nn.init.orthogonal_(torch.empty(dim, dim), generator=generator)
-    S_1 = torch.randn(dim, hidden - 2 * dim, generator=generator) / math.sqrt(depth)
-    S_2 = torch.randn(hidden - 2 * dim, dim, generator=generator) / math.sqrt(depth)
-    g = math.sqrt(dim * depth / 12)
+    S_1 = torch.randn(dim, free, generator=generator) / math.sqrt(dim)
+    S_2 = torch.randn(free, dim, generator=generator) / math.sqrt(max(free, 1))
+    g = math.sqrt(2 * block)
     return torch.cat([g * F, -g * F, S_1], dim=1), torch.cat([g * F.T, -g * F.T, S_2])
 
 
@@ -95,7 +102,7 @@ def identity_init_(model: nn.Module, generator: torch.Generator | None = None) -
 
     model: built with diagonal_bias=True and norm_affine=False. W_Q and W_K keep their small default
     init; biases become zero. generator: the random numbers, on the CPU [torch's global one].
-    Returns the model.
+    Returns the model. To train it, add `hold_pairs`.
 
     Raises:
         TypeError: a model whose blocks do not look like ours, or without the diagonal bias.
@@ -103,7 +110,7 @@ def identity_init_(model: nn.Module, generator: torch.Generator | None = None) -
             and fetch.
     """
     blocks = blocks_of(model)
-    for block in blocks:
+    for number, block in enumerate(blocks, start=1):
         attention, fc1, fc2 = block.attention, block.mlp.fc1, block.mlp.fc2
         d, heads = fc1.in_features, attention.num_heads
         if attention.diagonal_bias is None or block.norm1.elementwise_affine:
@@ -111,7 +118,7 @@ def identity_init_(model: nn.Module, generator: torch.Generator | None = None) -
         if heads < 2:
             raise ValueError("the identity init needs two heads or more: one keeps, one fetches")
         W_V, W_O = keepers_and_fetchers(d, heads, generator)
-        W_1, W_2 = mirrored_pairs(d, fc1.out_features, len(blocks), generator)
+        W_1, W_2 = mirrored_pairs(d, fc1.out_features, number, generator)
         set_(attention.W_V, W_V)
         set_(attention.W_O, W_O)
         set_(fc1, W_1)
@@ -120,3 +127,27 @@ def identity_init_(model: nn.Module, generator: torch.Generator | None = None) -
         nn.init.zeros_(attention.W_Q.bias)
         nn.init.zeros_(attention.W_K.bias)
     return model
+
+
+def hold_pairs(optimizer: Optimizer, model: nn.Module, share: float = 0.1) -> None:
+    """From now on each step of the optimizer moves the mirrored pairs of a `minskip.ViT` by a share
+    of what it would, weight decay included; all other weights by the whole."""
+    pairs = []
+    for block in blocks_of(model):
+        fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+        width = 2 * fc1.in_features
+        for part in (fc1.weight[:width], fc1.bias[:width], fc2.weight[:, :width]):
+            pairs.append(part.detach())  # a view: it moves with the parameter
+    before = [torch.empty_like(part) for part in pairs]
+
+    @torch.no_grad()
+    def remember(*_) -> None:
+        torch._foreach_copy_(before, pairs)
+
+    @torch.no_grad()
+    def shorten(*_) -> None:
+        torch._foreach_lerp_(before, pairs, share)
+        torch._foreach_copy_(pairs, before)
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(shorten)

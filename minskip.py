@@ -29,7 +29,7 @@ from torchvision.ops import StochasticDepth
 # Widths, depths and heads as published (Dosovitskiy et al. 2021; Touvron et al. 2021 for tiny and
 # small). nano is ours: narrow enough for two CPU cores, twelve blocks deep so that depth bites.
 PRESETS = {
-    "nano": dict(dim=64, depth=12, num_heads=4),
+    "nano": dict(dim=64, depth=12, num_heads=8),
     "tiny": dict(dim=192, depth=12, num_heads=3),
     "small": dict(dim=384, depth=12, num_heads=6),
     "base": dict(dim=768, depth=12, num_heads=12),

@@ -27,6 +27,7 @@ from torchvision.transforms import v2
 import cli
 import engine
 import files
+import identity_init
 import networks
 from data import Batches, augmentations, image_folder, image_folders, make_loader, normalise
 from run import Run
@@ -201,6 +202,8 @@ def main() -> None:
     model = networks.build_vit(args, len(classes), checkpoint).to(device)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
     optimizer = engine.build_optimizer(model, args.opt, args.lr, args.weight_decay)
+    if args.init == "identity":
+        identity_init.hold_pairs(optimizer, model)
     network = engine.in_processes(torch.compile(model) if args.compile else model, device)
 
     run = Run(

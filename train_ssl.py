@@ -32,6 +32,7 @@ from torchvision.transforms import InterpolationMode, v2
 import cli
 import engine
 import files
+import identity_init
 import networks
 from data import Batches, augmentations, image_folders, make_loader, normalise
 from knn import knn_accuracy
@@ -378,6 +379,8 @@ def main() -> None:
     teacher_parameters, student_parameters = list(teacher.parameters()), list(student.parameters())
     centre = torch.zeros(args.prototypes, device=device)
     optimizer = engine.build_optimizer(student, args.opt, args.lr, WEIGHT_DECAY[0], ADAMW_BETAS)
+    if args.init == "identity":
+        identity_init.hold_pairs(optimizer, backbone)
     network, target_network = student, teacher
     if args.compile:
         network, target_network = torch.compile(student), torch.compile(teacher)

@@ -23,6 +23,7 @@ from conftest import (
     run_main,
     run_script,
     script_environment,
+    share_of,
 )
 from torch import nn
 from torchvision.transforms import v2
@@ -30,6 +31,7 @@ from torchvision.transforms import v2
 import data
 import engine
 import train_cls
+from identity_init import COUNTS_ON, NEEDS, identity_init_
 from minskip import PRESETS, ViT
 from run import Run
 from soap import SOAP
@@ -66,7 +68,7 @@ def smoothed_cross_entropy(logits, targets, smoothing: float):
     return -(targets * logits.log_softmax(1)).sum(1).mean()
 
 
-def train_by_hand(root, model, on: bool):
+def train_by_hand(root, model, on: bool, held: bool = False):
     """Two epochs of three steps. Returns the mean loss of the second and the averaged weights."""
     lr = [1 / 6, 1 / 3, 0.5, 0.5, 0.375, 0.125] if on else None  # up in 3 steps, half a cosine
     accumulate, smoothing, decay, clip = (2, 0.1, 0.2, 0.3) if on else (1, 0.0, 0.0, None)
@@ -94,7 +96,8 @@ def train_by_hand(root, model, on: bool):
             rate = lr[i] if on else 0.05 * (1 + torch.tensor(torch.pi * i / 6).cos().item()) / 2
             with torch.no_grad():
                 for name, p in model.named_parameters():
-                    p -= rate * (factor * gradients[name] + decay * p * (name in decayed))
+                    update = rate * (factor * gradients[name] + decay * p * (name in decayed))
+                    p -= update * share_of(name, p) if held else update
                 if average is None:
                     average = copy.deepcopy(model)  # the average begins with the first step
                 else:
@@ -120,24 +123,30 @@ def measured_by_hand(root, model) -> dict:
 ON = "--mixup 0.8 --cutmix 0.7 --label-smoothing 0.1 --clip-grad 0.3 --ema 0.8 --grad-accum 2 "
 ON += "--weight-decay 0.2 --warmup-epochs 1 --drop-path 0.4 --lr 0.5"
 OFF = "--mixup 0 --cutmix 0 --label-smoothing 0 --clip-grad 0 --ema 0 --grad-accum 1 "
-OFF += "--weight-decay 0 --warmup-epochs 0 --drop-path 0 --lr 0.05 --skipless --init default"
+OFF += "--weight-decay 0 --warmup-epochs 0 --drop-path 0 --lr 0.05 --skipless --init"
 
 
-@pytest.mark.parametrize("on, ema", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize(
+    "init, ema", [(None, True), (None, False), ("default", 0), ("identity", 0)]
+)
 def test_two_epochs_equal_the_same_steps_by_hand(
-    on, ema, image_root, tmp_path, monkeypatch, float64_sgd
+    init, ema, image_root, tmp_path, monkeypatch, float64_sgd
 ):
     """Every switch on, then every switch off: weights, averages, losses and accuracies."""
+    on, held = init is None, init == "identity"
     words = [*SMALL, "--data", image_root, "--out", tmp_path, "--batch-size", 20]
-    words += (ON if on else OFF).split() + ([] if ema else ["--ema", 0])
+    words += (ON if on else f"{OFF} {init}").split() + ([] if ema else ["--ema", 0])
     run_main(train_cls.main, words, tmp_path, monkeypatch)
     checkpoint = load(tmp_path / "last.pt")
 
     torch.manual_seed(0)
     shape = PRESETS["nano"] | dict(depth=2, residual=on, drop_path=0.4 * on)
-    model = ViT(16, 8, 5, **shape, pos_embed_std=train_cls.FOLDER["pos_embed_std"])
+    shape |= dict(pos_embed_std=train_cls.FOLDER["pos_embed_std"])
+    model = ViT(16, 8, 5, **shape | (COUNTS_ON | NEEDS if held else {}))
+    if held:
+        identity_init_(model)
     start = copy.deepcopy(model.state_dict())
-    loss, average = train_by_hand(image_root, model, on)
+    loss, average = train_by_hand(image_root, model, on, held)
     measured = average if ema else model
     assert (model.head.weight - start["head.weight"]).norm() > 0.01  # it did move
     for name, weight in model.state_dict().items():

@@ -20,6 +20,7 @@ from conftest import (
     run_here,
     run_main,
     run_script,
+    share_of,
 )
 from PIL import Image
 from torchvision.transforms import v2
@@ -29,6 +30,7 @@ import engine
 import files
 import knn
 import train_ssl
+from identity_init import COUNTS_ON, NEEDS, identity_init_
 from minskip import PRESETS, ViT
 from shapes import Shapes
 from train_ssl import MultiCrop, Network, dino_loss, scheduled, teacher_targets
@@ -246,7 +248,7 @@ def half_cosine(first, last, progress):
     return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def dino_by_hand(root, student: Network, local_crops: int):
+def dino_by_hand(root, student: Network, local_crops: int, held: bool):
     """Two epochs of three steps. Returns student, teacher, centre and the mean loss of epoch 2."""
     teacher, centre = copy.deepcopy(student), torch.zeros(32)
     decayed = {n for n, p in student.named_parameters() if p.ndim > 1}
@@ -281,16 +283,19 @@ def dino_by_hand(root, student: Network, local_crops: int):
                         continue
                     clipped = p.grad * min(1.0, 3.0 / (p.grad.norm().item() + 1e-6))
                     decay = half_cosine(0.04, 0.4, i / 6) * (name in decayed)
-                    p -= lr * (clipped + decay * p)
+                    update = lr * (clipped + decay * p)
+                    p -= update * share_of(name, p) if held else update
                 for t, p in zip(teacher.parameters(), student.parameters()):
                     t.copy_(momentum * t + (1 - momentum) * p)
                 centre = 0.9 * centre + 0.1 * g.mean(dim=(0, 1))
     return student, teacher, centre, sum(losses) / 3
 
 
-@pytest.mark.parametrize("drop_path, local_crops", [(0.4, 3), (0, 0)])
+@pytest.mark.parametrize(
+    "drop_path, local_crops, held", [(0.4, 3, False), (0, 0, False), (0, 1, True)]
+)
 def test_two_epochs_equal_the_same_steps_by_hand(
-    drop_path, local_crops, image_root, tmp_path, monkeypatch, float64_sgd
+    drop_path, local_crops, held, image_root, tmp_path, monkeypatch, float64_sgd
 ):
     """The student, the teacher, the centre and the logged numbers.
 
@@ -303,14 +308,17 @@ def test_two_epochs_equal_the_same_steps_by_hand(
     words = [*RUN, "--data", root, "--out", tmp_path, "--batch-size", 20, "--lr", 0.3]
     words += ["--momentum", 0.7, "--teacher-temperature", 0.06, "--crop-split", 0.3]
     words += ["--drop-path", drop_path, "--local-crops", local_crops]
+    words += ["--skipless", "--init", "identity"] if held else []
     run_main(train_ssl.main, words, tmp_path, monkeypatch)
     checkpoint = load(tmp_path / "last.pt")
 
     torch.manual_seed(0)
     shape = PRESETS["nano"] | dict(depth=2, drop_path=drop_path)
-    student = Network(ViT(16, 8, 0, **shape, pos_embed_std=0.02), prototypes=32)
+    shape |= dict(COUNTS_ON | NEEDS, residual=False) if held else dict(pos_embed_std=0.02)
+    backbone = ViT(16, 8, 0, **shape)
+    student = Network(identity_init_(backbone) if held else backbone, prototypes=32)
     start = copy.deepcopy(student)
-    student, teacher, centre, loss = dino_by_hand(image_root, student, local_crops)
+    student, teacher, centre, loss = dino_by_hand(image_root, student, local_crops, held)
     assert (student.head.prototypes - start.head.prototypes).norm() > 0.01  # it did move
     for name, weight in student.state_dict().items():
         assert torch.allclose(checkpoint["student"][name], weight, atol=1e-6), name
