@@ -34,6 +34,30 @@ Every constant, from d = dim, H = hidden, n = tokens, L = depth, l = the block's
   a quarter fetches     of 8 heads 2 did better than 4 and no worse than 1
 
 Ours, not the paper's: what it reaches, beside the paper's and a residual network, is in the README.
+
+In a timm ViT with class_token=False, global_pool="avg" and
+norm_layer=partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False):
+
+    def skipless_forward(block, x, **_):
+        b = block.diagonal_bias[:, None, None] * torch.eye(x.shape[1], device=x.device)
+        return block.mlp(block.norm2(block.attn(block.norm1(x), attn_mask=b)))
+
+    @torch.no_grad()
+    def identity_timm_(vit):
+        vit.pos_embed.normal_(std=0.5)
+        for number, block in enumerate(vit.blocks, start=1):
+            attn, fc1, fc2 = block.attn, block.mlp.fc1, block.mlp.fc2
+            d, heads = fc1.in_features, attn.num_heads
+            W_V, W_O = keepers_and_fetchers(d, heads)
+            W_1, W_2 = mirrored_pairs(d, fc1.out_features, number)
+            attn.qkv.weight[2 * d :] = W_V.T  # W_Q and W_K keep their small init
+            for layer, W in ((attn.proj, W_O), (fc1, W_1), (fc2, W_2)):
+                layer.weight.copy_(W.T)
+            b = own_token_bias(heads, vit.patch_embed.num_patches, len(vit.blocks))
+            block.diagonal_bias = nn.Parameter(b)
+            block.forward = MethodType(skipless_forward, block)
+
+and, before the first step, `hold_pairs(optimizer, vit)`.
 """
 
 import math
@@ -130,10 +154,13 @@ def identity_init_(model: nn.Module, generator: torch.Generator | None = None) -
 
 
 def hold_pairs(optimizer: Optimizer, model: nn.Module, share: float = 0.1) -> None:
-    """From now on each step of the optimizer moves the mirrored pairs of a `minskip.ViT` by a share
-    of what it would, weight decay included; all other weights by the whole."""
+    """From now on each step of the optimizer moves the mirrored pairs by a share of what it would,
+    weight decay included; all other weights by the whole.
+
+    model: a `minskip.ViT`, or any with `.blocks` whose members have `mlp.fc1` and `mlp.fc2`.
+    """
     pairs = []
-    for block in blocks_of(model):
+    for block in model.blocks:
         fc1, fc2 = block.mlp.fc1, block.mlp.fc2
         width = 2 * fc1.in_features
         for part in (fc1.weight[:width], fc1.bias[:width], fc2.weight[:, :width]):

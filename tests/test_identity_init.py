@@ -3,6 +3,9 @@
 import copy
 import inspect
 import math
+import textwrap
+from functools import partial
+from types import MethodType
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import engine
+import identity_init
 from data import normalise
 from identity_init import (
     COUNTS_ON,
@@ -202,3 +206,44 @@ def test_pairs_take_a_tenth_of_each_step_and_all_else_the_whole(opt):
         assert moved[1]["blocks.1.mlp.fc1.weight"][:128].abs().mean() > 1e-4 or opt == "soap"
         twin.load_state_dict(after)
     assert moved[0]["blocks.1.mlp.fc1.weight"][:128].abs().mean() > 1e-5
+
+
+def test_the_snippet_gives_a_timm_vit_the_same_blocks_and_it_trains():
+    """The text in the docstring, run as it stands; timm's block then computes what ours does."""
+    timm = pytest.importorskip("timm")
+    lines = identity_init.__doc__.splitlines()
+    first, last = (i for i, line in enumerate(lines) if line.startswith(("    def skip", "and, ")))
+    names = vars(identity_init) | dict(MethodType=MethodType)
+    exec(textwrap.dedent("\n".join(lines[first:last])), names)
+
+    norm = partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False)
+    shape = dict(img_size=32, patch_size=8, embed_dim=64, depth=3, num_heads=8, num_classes=10)
+    more = dict(class_token=False, global_pool="avg", norm_layer=norm)
+    torch.manual_seed(0)
+    vit = timm.models.VisionTransformer(**shape, **more)
+    names["identity_timm_"](vit)
+    assert vit.pos_embed.std().item() == pytest.approx(0.5, rel=0.1)
+    ours, theirs = network(3).blocks[2], vit.blocks[2]
+    a, b = ours.attention, theirs.attn
+    with torch.no_grad():
+        for linear, W in zip((a.W_Q, a.W_K, a.W_V), b.qkv.weight.chunk(3)):
+            linear.weight.copy_(W)
+            linear.bias.zero_()
+        for linear, other in ((a.W_O, b.proj), (ours.mlp.fc1, theirs.mlp.fc1),
+                              (ours.mlp.fc2, theirs.mlp.fc2)):  # fmt: skip
+            linear.load_state_dict(other.state_dict())
+        a.diagonal_bias.copy_(theirs.diagonal_bias)
+        x = torch.randn(2, 16, 64)
+        assert torch.allclose(theirs(x), ours(x), rtol=1e-3, atol=1e-3)
+        free = F.gelu(x @ ours.mlp.fc1.weight.T[:, 128:]) @ ours.mlp.fc2.weight.T[128:]
+        assert torch.allclose(ours.mlp(x) - free, 6 * x, atol=1e-4)  # g^2 = 2 l, of block 3
+
+    optimizer = engine.build_optimizer(vit, "soap", 3e-3, 0.0)
+    hold_pairs(optimizer, vit)
+    images, labels, losses = draw_shapes(list(range(10)), 32, "val")[0], torch.arange(10), []
+    for _ in range(20):
+        losses.append(F.cross_entropy(vit(normalise(images)), labels))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
