@@ -5,9 +5,9 @@ segment   A linear probe on the tokens names the class of every pixel: mIoU, bes
 discover  The object of an image, found without any training by cutting the graph of its patches
           in two (TokenCut): CorLoc, the share of images in which the object's box is found.
 picture   The tokens' first three principal components as red, green and blue, and where the class
-          token attends. spread: how far tokens are from their mean, over their norm; below 1e-3
-          they are alike, colours would show rounding, and all is grey. peak: the largest share
-          of attention over the mean one.
+          token, where there is one, attends. spread: how far tokens are from their mean, over
+          their norm; below 1e-3 they are alike, colours would show rounding, and all is grey.
+          peak: the largest share of attention over the mean one.
 
     python eval_dense.py segment RUN/last.pt
     python eval_dense.py segment RUN/last.pt --data ROOT --ignore 11 --blocks 3 6 9 12
@@ -26,8 +26,7 @@ show no outline. OUT gets segment.json, discover.json or picture.png. `COMMAND -
 import argparse
 import json
 import math
-import textwrap
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -40,31 +39,21 @@ from scipy.ndimage import label as connected_components
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 from torchvision.transforms import InterpolationMode, v2
-from tqdm import tqdm
 
 import cli
 import files
 import pictures
+import scenes
 from cli import fail
-from data import ORDER, check_images, mixed_seeds, normalise
-from engine import lr_at, start_processes
+from data import ORDER, mixed_seeds, normalise
+from engine import lr_at, progress, start_processes
 from minskip import PRESETS, ViT
 from networks import ARMS, fresh_arm, trained_vit, untrained_vit
-from scenes import (
-    Scenes,
-    Size,
-    boxes_around,
-    count_classes,
-    folder_scenes,
-    read_image,
-    synthetic_scenes,
-    true_boxes,
-)
 
 BATCH_SIZE = 32
 LEARNING_RATE = 3e-2  # of the probe: AdamW without decay; best of 3e-3, 1e-2, 3e-2 on a third split
 SYNTHETIC = dict(train=(1_000, "train"), reported=(500, "val"), shown=(2, "val"))
-SYNTHETIC_SIDE = 120  # pixels, at least
+SYNTHETIC_SIDE = 120  # pixels
 ALIKE = 1e-3  # spread below which tokens count as alike
 
 # --------------------------------------------------------------------------------------------------
@@ -110,17 +99,12 @@ def class_attention(model: ViT, images: Tensor, block: int) -> Tensor:
 # --------------------------------------------------------------------------------------------------
 
 
-def upsampled(logits: Tensor, size: Size) -> Tensor:
-    """(batch, class, row, column) -> (batch, class, *size), bilinearly."""
-    return F.interpolate(logits, size, mode="bilinear")
-
-
 def train_probe(features: list[Tensor], masks: list[Tensor], classes: int, args) -> nn.Module:
     """A BatchNorm and a linear map, trained on the masks at their own resolution.
 
     features: (dim, row, column) an image. The probe maps (batch, dim, row, column) to (batch,
-    class, row, column). The linear evaluation of DINOv2 (Oquab et al. 2023), with fewer steps.
-    args: ignore, epochs, seed, device.
+    class, row, column), which is upsampled bilinearly. The linear evaluation of DINOv2 (Oquab et
+    al. 2023), with fewer steps. args: ignore, epochs, seed, device.
     """
     torch.manual_seed(args.seed)
     # momentum=None: the mean over all batches seen, which for frozen features is what is wanted
@@ -128,18 +112,18 @@ def train_probe(features: list[Tensor], masks: list[Tensor], classes: int, args)
     probe = nn.Sequential(norm, nn.Conv2d(len(features[0]), classes, 1)).to(args.device)
     optimizer = torch.optim.AdamW(probe.parameters(), weight_decay=0.0)
     batches = []
-    for [seed] in (mixed_seeds(1, ORDER, args.seed, epoch) for epoch in range(args.epochs)):
+    for epoch in range(args.epochs):
+        [seed] = mixed_seeds(1, ORDER, args.seed, epoch)
         order = torch.randperm(len(masks), generator=torch.Generator().manual_seed(seed))
         batches += order.split(BATCH_SIZE)
-    for step, numbers in enumerate(tqdm(batches, "training the probe", disable=None, leave=False)):
+    for step, numbers in enumerate(progress(batches, "training the probe")):
         optimizer.param_groups[0]["lr"] = lr_at(step, len(batches), 0, LEARNING_RATE)
         tokens = torch.stack([features[i] for i in numbers]).to(args.device)
         loss, labelled = 0.0, 0
         for i, logits in zip(numbers, probe(tokens.float())):
             truth = masks[i].to(args.device).long()[None]
-            logits = upsampled(logits[None], truth.shape[1:])
-            ignored = dict(ignore_index=args.ignore, reduction="sum")
-            loss = loss + F.cross_entropy(logits, truth, **ignored)
+            logits = F.interpolate(logits[None], truth.shape[1:], mode="bilinear")
+            loss = loss + F.cross_entropy(logits, truth, ignore_index=args.ignore, reduction="sum")
             labelled = labelled + (truth != args.ignore).sum()
         optimizer.zero_grad()
         (loss / labelled.clamp(min=1)).backward()
@@ -162,7 +146,8 @@ def measure_probe(probe, features: list[Tensor], masks: list[Tensor], classes: i
     """Confusion matrix over all images, each judged at its mask's own resolution."""
     matrix = torch.zeros(classes, classes, dtype=torch.long)
     for feature, mask in zip(features, masks):
-        logits = upsampled(probe(feature[None].to(args.device).float()), mask.shape)
+        logits = probe(feature[None].to(args.device).float())
+        logits = F.interpolate(logits, mask.shape, mode="bilinear")
         matrix += confusion(logits[0].argmax(dim=0).cpu(), mask, classes, args.ignore)
     return matrix
 
@@ -174,14 +159,13 @@ def scores(matrix: Tensor) -> dict:
     """
     matrix = matrix.double()
     both = matrix.diagonal()
-    either = matrix.sum(0) + matrix.sum(1) - both
-    iou = [100 * b / e if e else None for b, e in zip(both.tolist(), either.tolist())]
-    present = [x for x in iou if x is not None]
+    iou = 100 * both / (matrix.sum(0) + matrix.sum(1) - both)  # nan: neither
+    known = [None if math.isnan(x) else x for x in iou.tolist()]
     accuracy = 100 * both.sum() / matrix.sum()
-    return dict(miou=sum(present) / len(present), accuracy=accuracy.item(), iou=iou)
+    return dict(miou=iou.nanmean().item(), accuracy=accuracy.item(), iou=known)
 
 
-def majority(train: list[Tensor], reported: list[Tensor], classes: int, ignore: int):
+def majority(train: list[Tensor], reported: list[Tensor], classes: int, ignore: int) -> tuple:
     """(the class most frequent in the training masks, the scores of guessing it everywhere)."""
     best = int(sum(confusion(m, m, classes, ignore).diagonal() for m in train).argmax())
     guessed = (confusion(torch.full_like(m, best), m, classes, ignore) for m in reported)
@@ -193,17 +177,14 @@ def majority(train: list[Tensor], reported: list[Tensor], classes: int, ignore: 
 # --------------------------------------------------------------------------------------------------
 
 
-def affinity(keys: Tensor, tau: float) -> np.ndarray:
-    """(patch, dim) -> (patch, patch): 1 where the cosine of two keys exceeds tau, else 1e-5."""
-    unit = F.normalize(keys.double(), dim=-1).cpu().numpy()
-    return np.where(unit @ unit.T > tau, 1.0, 1e-5)
+def fiedler_vector(keys: Tensor, tau: float) -> np.ndarray:
+    """Keys (patch, dim) -> x (patch,): what normalised cuts (Shi and Malik 2000) cut a graph by.
 
-
-def fiedler_vector(W: np.ndarray) -> np.ndarray:
-    """x with (D - W) x = lambda D x for the second smallest lambda; D the diagonal of W's row sums.
-
-    W symmetric and positive, (node, node); x (node,). Normalised cuts (Shi and Malik 2000).
+    W joins two patches by 1 where the cosine of their keys exceeds tau, else by 1e-5; D is the
+    diagonal of its row sums: (D - W) x = lambda D x for the second smallest lambda.
     """
+    unit = F.normalize(keys.double(), dim=-1).cpu().numpy()
+    W = np.where(unit @ unit.T > tau, 1.0, 1e-5)
     D = np.diag(W.sum(axis=1))
     return eigh(D - W, D, subset_by_index=[1, 1])[1][:, 0]
 
@@ -226,33 +207,22 @@ def tokencut(keys: Tensor, rows: int, tau: float) -> Tensor:
     """
     if len(keys) < 2:
         return torch.ones(1, 1, dtype=torch.bool)  # nothing to cut
-    return foreground(fiedler_vector(affinity(keys, tau)).reshape(rows, -1))
+    return foreground(fiedler_vector(keys, tau).reshape(rows, -1))
 
 
-def judge(part: Tensor, boxes: Tensor, mask: Tensor | None, size: Size, ignore: int):
-    """(found, mask IoU) of a predicted part (row, column) of an image of size (height, width).
+def corloc(parts: Iterable[Tensor], boxes: list[Tensor], sizes: list[scenes.Size]) -> float:
+    """Percent of the images with a true box in which it is found.
 
-    found: the best IoU of its box with a true one, boxes (box, 4), is at least 0.5. The mask IoU
-    is that of the part, nearest-upsampled, and the pixels neither 0 nor ignored; None where there
-    are none.
+    parts, (row, column) an image, are the predictions. One is right if its box has an IoU of 0.5
+    or more with any of the image's true ones, boxes (box, 4). sizes: (height, width) of an image.
     """
-    patch = torch.tensor(size[::-1]).double() / torch.tensor(part.shape[::-1])  # width, height
-    found = bool(box_iou(boxes_around(part[None]) * patch.repeat(2), boxes).max() >= 0.5)
-    if mask is None:
-        return found, None
-    up = F.interpolate(part[None, None].float(), size, mode="nearest")[0, 0] > 0
-    kept, truth = mask.long() != ignore, mask.long() != 0
-    if not (truth & kept).any():
-        return found, None
-    return found, float((up & truth & kept).sum() / ((up | truth) & kept).sum())
-
-
-def summary(judged: list[tuple]) -> dict:
-    """CorLoc and mean mask IoU (None without masks), in percent."""
-    found, ious = zip(*judged)
-    ious = [iou for iou in ious if iou is not None]
-    mask_iou = 100 * sum(ious) / len(ious) if ious else None
-    return dict(corloc=100 * sum(found) / len(found), mask_iou=mask_iou)
+    found = []
+    for part, true, size in zip(parts, boxes, sizes):
+        if len(true):
+            patch = torch.tensor(size).double() / torch.tensor(part.shape)  # height, width
+            box = scenes.boxes_around(part[None]) * patch.flip(0).repeat(2)
+            found.append(float(box_iou(box, true).max() >= 0.5))
+    return 100 * sum(found) / len(found)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -311,76 +281,73 @@ def load_networks(args: argparse.Namespace) -> dict[str, ViT]:
     return {k: model.eval().requires_grad_(False).to(args.device) for k, model in models.items()}
 
 
-def chosen_blocks(args: argparse.Namespace, models: dict, default: Callable, least: int) -> dict:
-    """Name -> the block numbers to look at, in least .. depth; default: depth -> numbers."""
+def chosen_blocks(args: argparse.Namespace, models: dict, parts: int, least: int) -> dict:
+    """Name -> the block numbers to look at, in least .. depth; of a network cut into so many
+    equal parts each part's last, if none are asked for."""
+    chosen = {}
     for name, model in models.items():
         depth = len(model.blocks)
-        if bad := [b for b in args.blocks or [] if not least <= b <= depth]:
+        ends = {math.ceil(i * depth / parts) for i in range(1, parts + 1)}
+        chosen[name] = args.blocks or sorted(ends)
+        if bad := [b for b in chosen[name] if not least <= b <= depth]:
             fail(f"--blocks {bad[0]}: {name} has {depth} blocks; give numbers {least}..{depth}")
-    return {name: args.blocks or default(len(model.blocks)) for name, model in models.items()}
+    return chosen
 
 
-def input_sizes(args: argparse.Namespace, models: dict, first: Size | None) -> dict[str, Size]:
-    """Name -> (height, width) to which images are resized for the network: patches must tile it.
+def load_scenes(args: argparse.Namespace, *splits: str) -> list[scenes.Scenes]:
+    """The splits asked for: of a folder "train", or "reported": test/, else val/."""
+    if args.images:
+        return [scenes.image_files([Path(file) for file in args.images])]
+    if args.data is None:
+        side = max(args.image_size or [SYNTHETIC_SIDE])
+        return [scenes.synthetic_scenes(*SYNTHETIC[split], side) for split in splits]
+    root = Path(args.data)
+    with_masks = args.command == "segment" or not (root / "boxes.tsv").is_file()
+    folders = dict(train="train", reported="test" if (root / "test").is_dir() else "val")
+    return [scenes.folder_scenes(root, folders[split], with_masks) for split in splits]
 
-    As asked for; else, in whole patches, the size of the first image, or of synthetic images
-    (first=None) the size the network was trained at, at least SYNTHETIC_SIDE.
-    """
+
+def input_sizes(args: argparse.Namespace, models: dict[str, ViT], first: scenes.Size) -> dict:
+    """Name -> (height, width) to which images are resized for the network, in whole patches: as
+    asked for, else the first image's, rounded up."""
     sizes = {}
     for name, model in models.items():
-        patch, side = model.config["patch_size"], model.config["image_size"]
-        wanted = first or (max(side, SYNTHETIC_SIDE),)
-        rounded = [max(1, math.floor(x / patch + 0.5)) * patch for x in wanted]
-        height, width = sizes[name] = tuple((args.image_size or rounded)[i] for i in (0, -1))
+        patch = model.config["patch_size"]
+        height, width = args.image_size or (math.ceil(x / patch) * patch for x in first)
         if height % patch or width % patch:
             fail(f"--image-size {height} {width}: give multiples of {name}'s patch, {patch}")
+        sizes[name], side = (height, width), model.config["image_size"]
         if (height, width) != (side, side) and not name.endswith(", untrained"):
-            line = f"{name}: images of {height} x {width}, trained at {side} x {side}: "
-            say(line + "position embeddings interpolated")
+            print(f"{name}: position embedding interpolated from {side} px to {height} x {width}")
     return sizes
 
 
-def load_scenes(args: argparse.Namespace, models: dict[str, ViT], *splits: str):
-    """(input sizes, the scenes of each split): of a folder "train", or "reported": test/, else
-    val/; otherwise synthetic ones, drawn at the largest input size."""
-    if args.data is None:
-        sizes = input_sizes(args, models, None)
-        side = max(map(max, sizes.values()))
-        return sizes, *(synthetic_scenes(*SYNTHETIC[split], side) for split in splits)
-    root = Path(args.data)
-    need_masks = args.command == "segment" or not (root / "boxes.tsv").is_file()
-    folders = dict(train="train", reported="test" if (root / "test").is_dir() else "val")
-    scenes = [folder_scenes(root, folders[split], need_masks) for split in splits]
-    return input_sizes(args, models, scenes[0].sizes[0]), *scenes
-
-
-def network_inputs(scenes: Scenes, size: Size, device: torch.device, what: str):
-    """(numbers, inputs (batch, 3, *size)) of all images in turn, with a progress bar."""
+def network_inputs(split: scenes.Scenes, size: scenes.Size, device, what: str) -> Iterator[Tensor]:
+    """All images of a split in turn, as (batch, 3, *size), with a progress bar."""
     resize = v2.Resize(size, InterpolationMode.BICUBIC)
-    parts = torch.arange(len(scenes.names)).split(BATCH_SIZE)
-    for part in tqdm(parts, what, disable=None, leave=False, unit=" batches"):
-        images = torch.stack([resize(scenes.image(i)) for i in part.tolist()])
-        yield part.tolist(), normalise(images.to(device))
+    for part in progress(torch.arange(len(split.names)).split(BATCH_SIZE), what, unit=" batches"):
+        images = torch.stack([resize(split.image(i)) for i in part.tolist()])
+        yield normalise(images.to(device))
+
+
+def features_of(model: ViT, inputs: Iterable[Tensor], blocks: list[int]) -> list[Tensor]:
+    """(dim x blocks, row, column) an image, on the CPU, in float16: many take gigabytes."""
+    maps = (torch.cat(token_maps(model, images, blocks), dim=1) for images in inputs)
+    return [features for batch in maps for features in batch.half().cpu()]
 
 
 # --------------------------------------------------------------------------------------------------
-# The commands
+# The commands and their flags
 # --------------------------------------------------------------------------------------------------
-
-
-def say(line: str) -> None:
-    print(textwrap.fill(line, 100, subsequent_indent="   "))
 
 
 def finish(args: argparse.Namespace, results: dict[str, dict], columns: dict, **facts) -> None:
     """A table of some columns (key -> title) of the results; all of it into OUT/COMMAND.json."""
-    rows = [["network", *columns.values()]]
+    width = max(map(len, results))
+    print(" " * width, *columns.values(), sep="  ")
     for name, result in results.items():
-        cells = (result[key] for key in columns)
-        rows.append([name, *("-" if cell is None else f"{cell:.1f}" for cell in cells)])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for name, *cells in rows:
-        print("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
+        cells = (f"{result[key]:{len(title)}.1f}" for key, title in columns.items())
+        print(name.ljust(width), *cells, sep="  ")
     path = args.out / f"{args.command}.json"
     record = dict(arguments=vars(args), torch=torch.__version__, **facts, results=results)
     text = json.dumps(record, indent=1, default=str)
@@ -388,128 +355,89 @@ def finish(args: argparse.Namespace, results: dict[str, dict], columns: dict, **
     print(path)
 
 
-def extract(
-    model: ViT, scenes: Scenes, size: Size, blocks: list[int], device: torch.device, what: str
-) -> list[Tensor]:
-    """Features of every image, (dim x blocks, row, column), float16 on the CPU."""
-    features = []
-    for numbers, images in network_inputs(scenes, size, device, what):
-        features.extend(torch.cat(token_maps(model, images, blocks), dim=1).half().cpu())
-        gigabytes = len(scenes.names) * features[0].nbytes / 1e9
-        if numbers[0] == 0 and gigabytes > 1:
-            print(f"{what}: {gigabytes:.1f} GB of features in memory")
-    return features
-
-
 def segment(args: argparse.Namespace, models: dict[str, ViT]) -> None:
-    blocks = chosen_blocks(args, models, lambda depth: [depth], least=0)
-    sizes, train, reported = load_scenes(args, models, "train", "reported")
-    classes = count_classes(train, reported, args.ignore)
+    blocks = chosen_blocks(args, models, parts=1, least=0)
+    train, reported = load_scenes(args, "train", "reported")
+    sizes = input_sizes(args, models, train.sizes[0])
+    classes = scenes.count_classes(train, reported, args.ignore)
     files.make_folder(args.out)
     print(f"{len(train.names)} training, {len(reported.names)} reported images, {classes} classes")
     best, baseline = majority(train.masks, reported.masks, classes, args.ignore)
     results = {f"class {best} everywhere": baseline}
     for name, model in models.items():
         seen, unseen = (
-            extract(model, scenes, sizes[name], blocks[name], args.device, f"{name}, {which}")
-            for scenes, which in ((train, "training images"), (reported, "reported images"))
+            features_of(model, network_inputs(x, sizes[name], args.device, name), blocks[name])
+            for x in (train, reported)
         )
         probe = train_probe(seen, train.masks, classes, args)
         matrix = measure_probe(probe, unseen, reported.masks, classes, args)
         results[name] = scores(matrix) | dict(blocks=blocks[name], size=sizes[name])
         results[name]["confusion"] = matrix.tolist()
-    print("IoU of each class, % (id:IoU; - in neither truth nor prediction)")
-    for name, r in results.items():
-        texts = ("-" if x is None else f"{x:.1f}" for x in r["iou"])
-        say(f"{name}   " + "  ".join(f"{id}:{text}" for id, text in enumerate(texts)))
     finish(args, results, dict(miou="mIoU, %", accuracy="pixel accuracy, %"), classes=classes)
 
 
 def discover(args: argparse.Namespace, models: dict[str, ViT]) -> None:
-    sizes, scenes = load_scenes(args, models, "reported")
-    boxes = true_boxes(scenes, args.data, args.ignore)
+    [reported] = load_scenes(args, "reported")
+    sizes = input_sizes(args, models, reported.sizes[0])
+    boxes = scenes.true_boxes(reported, args.data, args.ignore)
     files.make_folder(args.out)
-    counted = [i for i, b in enumerate(boxes) if len(b)]
-    print(f"{len(counted)} of {len(scenes.names)} images have a true box")
-
-    def judged(i: int, part: Tensor) -> tuple:
-        mask = scenes.masks[i] if scenes.masks else None
-        return judge(part, boxes[i], mask, scenes.sizes[i], args.ignore)
-
-    whole = torch.ones(1, 1, dtype=torch.bool)
-    results = {"the whole image": summary([judged(i, whole) for i in counted])}
+    counted = sum(len(b) > 0 for b in boxes)
+    print(f"{counted} of {len(boxes)} images have a true box")
+    whole = [torch.ones(1, 1, dtype=torch.bool)] * len(boxes)
+    results = {"the whole image": dict(corloc=corloc(whole, boxes, reported.sizes))}
     for name, model in models.items():
-        rows, verdicts = sizes[name][0] // model.config["patch_size"], []
-        for numbers, images in network_inputs(scenes, sizes[name], args.device, name):
-            for i, keys in zip(numbers, last_keys(model, images)):
-                if len(boxes[i]):
-                    verdicts.append(judged(i, tokencut(keys, rows, args.tau)))
-        results[name] = summary(verdicts) | dict(size=sizes[name])
-    columns = dict(corloc="CorLoc, %", mask_iou="mask IoU, %")
-    finish(args, results, columns, images=len(counted))
+        rows = sizes[name][0] // model.config["patch_size"]
+        parts = (
+            tokencut(keys, rows, args.tau)
+            for images in network_inputs(reported, sizes[name], args.device, name)
+            for keys in last_keys(model, images)
+        )
+        results[name] = dict(corloc=corloc(parts, boxes, reported.sizes), size=sizes[name])
+    finish(args, results, dict(corloc="CorLoc, %"), images=counted)
 
 
-def draw_network(part, scenes: Scenes, model: ViT, inputs: Tensor, blocks: list[int]) -> None:
-    """A row an image: the image, its tokens after each block, each block's class attention.
-
-    part: the piece of the figure to draw on; inputs: the images as this network sees them.
-    """
-    axes = part.subplots(len(inputs), 1 + 2 * len(blocks), squeeze=False)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
-    axes[0, 0].set_title("image")
-    middle = dict(ha="center", va="center")
-    for i, ax in enumerate(axes[:, 0]):
-        ax.imshow(rearrange(scenes.image(i).numpy(), "colour row col -> row col colour"))
-    for block, tokens, attention in zip(blocks, axes.T[1:], axes.T[1 + len(blocks) :]):
-        tokens[0].set_title(f"tokens,\nblock {block}")
-        for ax, x in zip(tokens, token_maps(model, inputs, [block])[0].cpu()):
-            ax.imshow(principal_colours(x).numpy())
-            ax.set_xlabel(f"spread {spread_of(x):.1g}")
-            if spread_of(x) < ALIKE:
-                ax.text(0.5, 0.5, "tokens\nalike", **middle, transform=ax.transAxes)
-        attention[0].set_title(f"attention,\nblock {block}")
-        if model.cls_token is None:
-            for ax in attention:
-                ax.text(0.5, 0.5, "no class\ntoken", **middle)
-                ax.set_box_aspect(inputs.shape[2] / inputs.shape[3])
-            continue
-        for ax, share in zip(attention, class_attention(model, inputs, block).cpu()):
-            ax.imshow(share.numpy(), vmin=0, cmap="magma")
-            ax.set_xlabel(f"peak {float(share.max() / share.mean()):.1f}")
+def columns_of(model: ViT, inputs: Tensor, blocks: list[int]) -> list[tuple]:
+    """(title, pictures, captions) of each column of the figure: tokens after each block, then each
+    block's class attention, where there is a class token. inputs: (picture, 3, height, width)."""
+    tokens, attention = [], []
+    for block, maps in zip(blocks, token_maps(model, inputs, blocks)):
+        colours = [principal_colours(x).numpy() for x in maps.cpu()]
+        spreads = map(spread_of, maps.cpu())
+        captions = [f"{'alike' if x < ALIKE else 'spread'} {x:.1g}" for x in spreads]
+        tokens.append((f"tokens,\nblock {block}", colours, captions))
+        if model.cls_token is not None:
+            shares = class_attention(model, inputs, block).cpu().numpy()
+            captions = [f"peak {x.max() / x.mean():.1f}" for x in shares]
+            attention.append((f"attention,\nblock {block}", shares, captions))
+    return tokens + attention
 
 
 def picture(args: argparse.Namespace, models: dict[str, ViT]) -> None:
-    def quarters(depth: int) -> list[int]:
-        return sorted({math.ceil(i * depth / 4) for i in (1, 2, 3, 4)})
-
-    blocks = chosen_blocks(args, models, quarters, least=1)
-    if args.images:
-        if missing := [file for file in args.images if not Path(file).is_file()]:
-            fail(f"--images {missing[0]}: no such file; mend the path")
-        check_images(args.images)
-        shown = [read_image(file) for file in args.images]
-        scenes = Scenes(args.images, shown.__getitem__, [tuple(x.shape[1:]) for x in shown], None)
-        sizes = input_sizes(args, models, scenes.sizes[0])
-    else:
-        sizes, scenes = load_scenes(args, models, "shown")
+    """For each network a row an image: the image itself, then `columns_of`."""
+    blocks = chosen_blocks(args, models, parts=4, least=1)
+    [shown] = load_scenes(args, "shown")
+    sizes = input_sizes(args, models, shown.sizes[0])
     files.make_folder(args.out)
+    images = [shown.image(i).permute(1, 2, 0).numpy() for i in range(len(shown.names))]
     cell, columns = 1.3, 1 + 2 * max(map(len, blocks.values()))  # inches
-    tall = [0.8 + (0.25 + cell * h / w) * len(scenes.names) for h, w in sizes.values()]
-    figure = plt.figure(figsize=(cell * columns, sum(tall)), layout="constrained")
-    parts = figure.subfigures(len(models), 1, height_ratios=tall, squeeze=False)[:, 0]
+    height, width = next(iter(sizes.values()))
+    tall = 0.8 + (0.25 + cell * height / width) * len(images)
+    figure = plt.figure(figsize=(cell * columns, tall * len(models)), layout="constrained")
+    parts = figure.subfigures(len(models), 1, squeeze=False)[:, 0]
     for part, (name, model) in zip(parts, models.items()):
         part.suptitle(name, color=pictures.colour_of(name, list(models)))
-        inputs = [x for _, x in network_inputs(scenes, sizes[name], args.device, name)]
-        draw_network(part, scenes, model, torch.cat(inputs), blocks[name])
+        axes = part.subplots(len(images), columns, squeeze=False)
+        for ax in axes.flat:
+            ax.set_axis_off()
+        inputs = torch.cat(list(network_inputs(shown, sizes[name], args.device, name)))
+        looks = [("image", images, [""] * len(images)), *columns_of(model, inputs, blocks[name])]
+        for column, (title, panels, captions) in zip(axes.T, looks):
+            captions[0] = f"{title}\n{captions[0]}"
+            for ax, panel, caption in zip(column, panels, captions):
+                ax.imshow(panel, vmin=0, cmap="magma")  # which a panel in colours ignores
+                ax.set_title(caption, fontsize=10)
     pictures.save_figure(figure, args.out / "picture.png")
     print(args.out / "picture.png")
-
-
-# --------------------------------------------------------------------------------------------------
-# Flags
-# --------------------------------------------------------------------------------------------------
 
 
 def cosine(text: str) -> float:
@@ -520,41 +448,38 @@ def parse_arguments() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     p.error = fail  # one line, like every other mistake
+    p.set_defaults(data=None, images=None)  # where a command has no such flag
     commands = p.add_subparsers(dest="command", required=True)
     for name in ("segment", "discover", "picture"):
         parser = commands.add_parser(name, allow_abbrev=False)
         parser.error = fail
-        parser.set_defaults(data=None)
         add = parser.add_argument
         add("checkpoints", nargs="*", metavar="CHECKPOINT", help="networks, as RUN/last.pt")
-        random = "a fresh nano network; may be given more than once"
-        add("--random-init", action="append", default=[], choices=ARMS, help=random)
-        blocks = dict(
-            segment="blocks whose tokens are concatenated; 0 is the embedding [the last]",
-            picture="blocks to look at [four, evenly spaced]",
-        )
-        if name in blocks:
-            add("--blocks", nargs="+", type=int, metavar="B", help=blocks[name])
+        add("--random-init", action="append", default=[], choices=ARMS, help="a fresh nano network")
         if name == "segment":
+            blocks = "blocks whose tokens are concatenated; 0 is the embedding [the last]"
+            add("--blocks", nargs="+", type=int, metavar="B", help=blocks)
             add("--epochs", type=cli.count, default=20, help="of the probe [20]")
         if name == "discover":
-            tau = "patches are joined where the cosine of their keys is above, -1 .. 1 [0.2]"
-            add("--tau", type=cosine, default=0.2, help=tau)
+            add("--tau", type=cosine, default=0.2, help="cosine above which patches join [0.2]")
         if name == "picture":
+            blocks = "blocks to look at [four, evenly spaced]"
+            add("--blocks", nargs="+", type=int, metavar="B", help=blocks)
             add("--images", nargs="+", metavar="FILE", help="to look at [two synthetic ones]")
         else:
             add("--data", metavar="ROOT", help="folder described above [synthetic images]")
             add("--ignore", type=int, default=255, help="id of pixels not to count [255]")
-        size = "height and width, or one number for both, to which images are resized for the "
-        size += "network [the first image's in whole patches; of synthetic ones the network's own, "
-        size += f"at least {SYNTHETIC_SIDE}]"
+        size = "height and width, or one number for both, that images are resized to [the first "
+        size += f"image's, in whole patches; synthetic ones are of {SYNTHETIC_SIDE} px]"
         add("--image-size", nargs="+", type=cli.count, metavar="PX", help=size)
         add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
         add("--seed", type=cli.count_or_0, default=0, help="of probe and random networks [0]")
         add("--out", type=Path, default=Path("runs/dense"), help="results' folder [runs/dense]")
     args = p.parse_args()
-    if args.image_size and len(args.image_size) > 2:
-        fail(f"--image-size takes one or two numbers, not {len(args.image_size)}")
+    if args.image_size:
+        if len(args.image_size) > 2:
+            fail(f"--image-size takes one or two numbers, not {len(args.image_size)}")
+        args.image_size = args.image_size[0], args.image_size[-1]
     return args
 
 

@@ -125,7 +125,8 @@ def identity_init_(model: nn.Module, generator: torch.Generator | None = None) -
     """Re-initialise every block of a `minskip.ViT`, in place, by the equations above.
 
     model: built with diagonal_bias=True and norm_affine=False. W_Q and W_K keep their small default
-    init; biases become zero. generator: the random numbers, on the CPU [torch's global one].
+    init; biases become zero. A class token needs nothing more: it starts empty, and what fetchers
+    bring fills it. generator: the random numbers, on the CPU [torch's global one].
     Returns the model. To train it, add `hold_pairs`.
 
     Raises:

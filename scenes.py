@@ -7,6 +7,7 @@ to ROOT, x0, y0, x1, y1 in pixels, tab between them.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,11 +18,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.ops import masks_to_boxes
-from torchvision.transforms import v2
-from tqdm import tqdm
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from cli import fail
 from data import DECODING_ERRORS, check_images, open_rgb
+from engine import progress
 from shapes import draw_shapes
 
 Size = tuple[int, int]  # height, width
@@ -32,7 +33,7 @@ MOST_CLASSES = 4096  # larger ids are 16-bit masks' mark for unlabelled pixels, 
 class Scenes(NamedTuple):
     """The images of a split and what is true of them, by number."""
 
-    names: list[str]  # files relative to ROOT
+    names: list[str]  # paths, of a folder's
     image: Callable[[int], Tensor]  # number -> (3, height, width) uint8
     sizes: list[Size]
     masks: list[Tensor] | None  # class ids, (height, width), uint8 or int32
@@ -42,15 +43,8 @@ def synthetic_scenes(length: int, split: str, side: int) -> Scenes:
     """`draw_shapes`, in parts: a thousand drawn together would take gigabytes."""
     parts = torch.arange(length).split(100)
     images, _, masks = zip(*(draw_shapes(part.tolist(), side, split) for part in parts))
-    names = [f"Shapes {split} {i}" for i in range(length)]
-    return Scenes(
-        names, torch.cat(images).__getitem__, [(side, side)] * length, [*torch.cat(masks)]
-    )
-
-
-def read_image(path: str | Path) -> Tensor:
-    """(3, height, width) uint8."""
-    return v2.functional.pil_to_tensor(open_rgb(str(path)))
+    names, sizes = [f"Shapes {split} {i}" for i in range(length)], [(side, side)] * length
+    return Scenes(names, torch.cat(images).__getitem__, sizes, [*torch.cat(masks)])
 
 
 def read_mask(path: Path, size: Size) -> Tensor:
@@ -59,55 +53,59 @@ def read_mask(path: Path, size: Size) -> Tensor:
         fail(f"mask {path} is missing; add it or remove its image")
     try:
         with Image.open(path) as image:
-            mode, channels, ids = image.mode, len(image.getbands()), np.array(image)
+            mode, ids = image.mode, np.array(image)
     except DECODING_ERRORS as error:
         fail(f"cannot read mask {path} ({error}); repair or remove it")
-    if channels != 1 or mode == "F" or ids.min() < 0:
+    if ids.ndim != 2 or mode == "F" or ids.min() < 0:
         fail(f"mask {path} is {mode}, not one channel of integers >= 0; save class ids as such")
     if ids.shape != size:
         fail(f"mask {path} is of {ids.shape}, its image of {size} (height, width); make them equal")
     return torch.from_numpy(ids.astype(np.int32 if ids.max() > 255 else np.uint8))
 
 
-def folder_scenes(root: Path, split: str, need_masks: bool) -> Scenes:
-    """ROOT/split/images and, if there are any or they are needed, ROOT/split/masks, checked."""
+def image_files(paths: list[Path]) -> Scenes:
+    """Images without masks, checked now, and each read when it is asked for."""
+    names, sizes = [str(path) for path in paths], []
+    check_images(names)
+    for path in paths:
+        with Image.open(path) as image:
+            sizes.append((image.height, image.width))
+    return Scenes(names, lambda i: pil_to_tensor(open_rgb(names[i])), sizes, None)
+
+
+def folder_scenes(root: Path, split: str, with_masks: bool) -> Scenes:
+    """ROOT/split/images and, where asked for, ROOT/split/masks, checked."""
     images, masks = root / split / "images", root / split / "masks"
     layout = f"expected ROOT/{split}/images/* and ROOT/{split}/masks/<stem>.png"
-    for folder in (images, masks) if need_masks else (images,):
+    for folder in (images, masks) if with_masks else (images,):
         if not folder.is_dir():
             fail(f"--data {root}: no folder {folder}; {layout}")
     paths = sorted(f for f in images.iterdir() if f.suffix.lower() in IMG_EXTENSIONS)
     if not paths:
         fail(f"--data {root}: no images in {images}; {layout}")
-    check_images([str(f) for f in paths])
-    names, sizes, read = [f.relative_to(root).as_posix() for f in paths], [], []
-    for file in tqdm(paths, f"checking {split} masks", disable=None, leave=False):
-        with Image.open(file) as image:
-            sizes.append((image.height, image.width))
-        if masks.is_dir():
-            read.append(read_mask(masks / f"{file.stem}.png", sizes[-1]))
-    return Scenes(names, lambda i: read_image(paths[i]), sizes, read or None)
+    found = image_files(paths)
+    if with_masks:
+        pairs = progress(list(zip(paths, found.sizes)), f"checking {split} masks")
+        read = [read_mask(masks / f"{file.stem}.png", size) for file, size in pairs]
+        found = found._replace(masks=read)
+    return found
 
 
 def count_classes(train: Scenes, reported: Scenes, ignore: int) -> int:
     """1 + the largest class id of the training masks; every reported id must be below it."""
-
-    def largest_ids(scenes: Scenes, which: str) -> list[int]:  # -1: all ignored
-        ids = (torch.where(mask.long() == ignore, -1, mask.long()) for mask in scenes.masks)
-        ids = [int(x.max()) for x in ids]
+    largest = [
+        [int(torch.where(mask.long() == ignore, -1, mask.long()).max()) for mask in scenes.masks]
+        for scenes in (train, reported)
+    ]
+    for which, ids in zip(("training", "reported"), largest):
         if max(ids) < 0:
             fail(f"--ignore {ignore}: the {which} masks hold nothing else; give another id")
-        return ids
-
-    trained, found = largest_ids(train, "training"), largest_ids(reported, "reported")
-    classes = min(1 + max(trained), MOST_CLASSES)
-    for name, id in zip(train.names + reported.names, trained + found):
+    classes = min(1 + max(largest[0]), MOST_CLASSES)
+    for name, id in zip(train.names + reported.names, largest[0] + largest[1]):
         if id >= classes:
-            why = "the training masks none" if classes < MOST_CLASSES else "allowed are none"
-            fail(
-                f"the mask of {name} holds id {id}, {why} above {classes - 1}; if it marks "
-                f"unlabelled pixels add --ignore {id}, else mend the mask"
-            )
+            why = f"id {id}, above {classes - 1}, the largest allowed or in training masks"
+            todo = f"if it marks unlabelled pixels add --ignore {id}, else mend the mask"
+            fail(f"the mask of {name} holds {why}; {todo}")
     return classes
 
 
@@ -117,21 +115,21 @@ def boxes_around(masks: Tensor) -> Tensor:
 
 
 def read_boxes(path: Path) -> dict[str, list[list[float]]]:
-    """boxes.tsv as file -> its boxes (x0, y0, x1, y1). A line that names columns may lead."""
-    boxes = {}
+    """boxes.tsv as path -> its boxes (x0, y0, x1, y1). A line that names columns may lead."""
+    boxes = defaultdict(list)
     for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), start=1):
         file, *fields = line.split("\t")
         if not line.strip() or (number == 1 and file == "file"):
             continue
         try:
             x0, y0, x1, y1 = map(float, fields)
-            good = 0 <= x0 < x1 < math.inf and 0 <= y0 < y1 < math.inf
         except ValueError:  # not four numbers
-            good = False
+            x0 = y0 = x1 = y1 = math.nan
+        good = 0 <= x0 < x1 < math.inf and 0 <= y0 < y1 < math.inf
         if not good or not (path.parent / file).is_file():
-            why = "no such file under ROOT" if good else "not file, x0, y0, x1, y1, tabs between"
-            fail(f"{path}, line {number}: {line!r}: {why}; mend the line")
-        boxes.setdefault(Path(file).as_posix(), []).append([x0, y0, x1, y1])
+            why = "expected a file of ROOT, x0, y0, x1, y1, tab between them; mend the line"
+            fail(f"{path}, line {number}: {line!r}: {why}")
+        boxes[str(path.parent / file)].append([x0, y0, x1, y1])
     return boxes
 
 
@@ -139,8 +137,7 @@ def true_boxes(scenes: Scenes, data: str | None, ignore: int) -> list[Tensor]:
     """Of each image its boxes, (box, 4): boxes.tsv's, else one around each id but 0 and ignore."""
     if data and (Path(data) / "boxes.tsv").is_file():
         listed = read_boxes(Path(data) / "boxes.tsv")
-        boxes = [torch.tensor(listed.get(name, []), dtype=torch.float64) for name in scenes.names]
-        boxes = [b.view(-1, 4) for b in boxes]
+        boxes = [torch.tensor(listed[n], dtype=torch.float64).view(-1, 4) for n in scenes.names]
     else:
         ids = (mask.unique() for mask in scenes.masks)
         ids = (i[(i != 0) & (i.long() != ignore)].view(-1, 1, 1) for i in ids)

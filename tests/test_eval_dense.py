@@ -2,15 +2,18 @@
 
 import json
 import math
+import shutil
 from argparse import Namespace
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import assert_fails_in_one_line, run_here, run_main, run_script
 from einops import einsum, rearrange
 from PIL import Image
+from scipy.ndimage import binary_propagation
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
@@ -20,7 +23,7 @@ import networks
 import pictures
 import scenes
 from data import MEAN, ORDER, STD, mixed_seeds
-from minskip import ViT, conditioned_init_
+from minskip import PRESETS, ViT, conditioned_init_
 from shapes import draw_shapes
 
 CPU = torch.device("cpu")
@@ -40,9 +43,9 @@ def network(pool: str = "cls", residual: bool = False, image_size: int = 16, **m
     return model.eval().requires_grad_(False)
 
 
-def save(path, model: ViT, ema: dict | None = None, **args) -> None:
+def save(path, model: ViT, ema: dict | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = dict(script="train_cls", args=ARGS | args, model_config=model.config, ema=ema)
+    facts = dict(script="train_cls", args=ARGS, model_config=model.config, ema=ema)
     files.save_checkpoint(path, facts | dict(model=model.state_dict()))
 
 
@@ -51,8 +54,8 @@ def normed(images: Tensor) -> Tensor:
     return (images.float() / 255 - mean) / std
 
 
-def some_inputs(height: int = 16, width: int = 24, count: int = 3) -> Tensor:
-    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))
+def some_inputs(width: int = 24) -> Tensor:
+    return torch.randn(3, 3, 16, width, generator=torch.Generator().manual_seed(1))
 
 
 def parsed(monkeypatch, *words) -> Namespace:
@@ -116,50 +119,31 @@ def test_class_attention_is_the_softmax_row_of_the_class_token(number):
 # ---- the probe -----------------------------------------------------------------------------------
 
 
-def bilinear_by_hand(logits: Tensor, size) -> Tensor:
-    """(class, row, column) -> (class, *size): between the centres of patches, edges continued."""
-    for axis, wanted in ((1, size[0]), (2, size[1])):
-        given = logits.shape[axis]
-        at = ((torch.arange(wanted) + 0.5) * given / wanted - 0.5).clamp(0, given - 1).double()
-        low = at.floor().long()
-        high, share = (low + 1).clamp(max=given - 1), (at - low).view([-1, 1][: 3 - axis])
-        parts = logits.index_select(axis, low), logits.index_select(axis, high)
-        logits = parts[0] * (1 - share) + parts[1] * share
-    return logits
-
-
 def train_by_hand(features: list[Tensor], masks: list[Tensor], seed: int, epochs: int):
-    """(weight, bias, running mean, running variance) after AdamW's steps, in float64."""
+    """(linear map, running mean, running variance) after all steps, in float64."""
     torch.manual_seed(seed)
-    conv = torch.nn.Conv2d(3, 2, 1)
-    values = [conv.weight[:, :, 0, 0].detach().double(), conv.bias.detach().double()]
-    first, second = ([torch.zeros_like(v) for v in values] for _ in range(2))
-    means, variances, step, steps = [], [], 0, epochs * 2
-    for epoch in range(epochs):
-        [order_seed] = mixed_seeds(1, ORDER, seed, epoch)
+    conv = torch.nn.Conv2d(3, 2, 1).double()
+    optimizer, means, variances = torch.optim.Adam(conv.parameters()), [], []
+    for step in range(2 * epochs):
+        [order_seed] = mixed_seeds(1, ORDER, seed, step // 2)
         order = torch.randperm(40, generator=torch.Generator().manual_seed(order_seed)).tolist()
-        for numbers in (order[:32], order[32:]):
-            x = torch.stack([features[i].double() for i in numbers])
-            means.append(x.mean(dim=(0, 2, 3)))
-            variances.append(x.var(dim=(0, 2, 3)))
-            biased = x.var(dim=(0, 2, 3), correction=0)
-            x = (x - means[-1].view(3, 1, 1)) / (biased + 1e-5).sqrt().view(3, 1, 1)
-            W, b = (v.requires_grad_() for v in values)
-            losses, labelled = [], 0
-            for i, y in zip(numbers, einsum(W, x, "kind dim, b dim r c -> b kind r c")):
-                logits = bilinear_by_hand(y + b.view(2, 1, 1), masks[i].shape)
-                logs = logits - logits.exp().sum(dim=0).log()
-                losses += [-logs[c][masks[i] == c].sum() for c in (0, 1)]
-                labelled += int((masks[i] != 9).sum())
-            gradients = torch.autograd.grad(sum(losses) / labelled, (W, b))
-            rate = 0.03 * (1 + math.cos(math.pi * step / steps)) / 2
-            step += 1
-            for j, g in enumerate(gradients):
-                first[j] = 0.9 * first[j] + 0.1 * g
-                second[j] = 0.999 * second[j] + 0.001 * g**2
-                m, v = first[j] / (1 - 0.9**step), second[j] / (1 - 0.999**step)
-                values[j] = values[j].detach() - rate * m / (v.sqrt() + 1e-8)
-    return *values, torch.stack(means).mean(dim=0), torch.stack(variances).mean(dim=0)
+        numbers = order[32:] if step % 2 else order[:32]
+        x = torch.stack([features[i].double() for i in numbers])
+        means.append(x.mean(dim=(0, 2, 3)))
+        variances.append(x.var(dim=(0, 2, 3)))
+        biased = x.var(dim=(0, 2, 3), correction=0)
+        x = (x - means[-1].view(3, 1, 1)) / (biased + 1e-5).sqrt().view(3, 1, 1)
+        losses, labelled = [], 0
+        for i, y in zip(numbers, conv(x)):
+            logits = F.interpolate(y[None], masks[i].shape, mode="bilinear")[0]
+            logs = logits - logits.exp().sum(dim=0).log()
+            losses += [-logs[c][masks[i] == c].sum() for c in (0, 1)]
+            labelled += int((masks[i] != 9).sum())
+        optimizer.param_groups[0]["lr"] = 0.03 * (1 + math.cos(math.pi * step / 2 / epochs)) / 2
+        optimizer.zero_grad()
+        (sum(losses) / labelled).backward()
+        optimizer.step()
+    return conv, torch.stack(means).mean(dim=0), torch.stack(variances).mean(dim=0)
 
 
 def test_the_probe_takes_the_steps_written_out_by_hand():
@@ -173,12 +157,11 @@ def test_the_probe_takes_the_steps_written_out_by_hand():
     masks[7][:] = 9
     args = Namespace(ignore=9, epochs=3, seed=5, device=CPU)
     probe = eval_dense.train_probe(features, masks, 2, args)
-    W, b, mean, variance = train_by_hand(features, masks, 5, 3)
-    assert torch.allclose(probe[1].weight[:, :, 0, 0].double(), W, atol=2e-5)
-    assert torch.allclose(probe[1].bias.double(), b, atol=2e-5)
+    conv, mean, variance = train_by_hand(features, masks, 5, 3)
+    for found, expected in zip(probe[1].parameters(), conv.parameters()):
+        assert torch.allclose(found.double(), expected, atol=2e-5)
     x = (features[0].double() - mean.view(3, 1, 1)) / (variance + 1e-5).sqrt().view(3, 1, 1)
-    expected = einsum(W, x, "kind dim, dim r c -> kind r c") + b.view(2, 1, 1)
-    assert torch.allclose(probe(features[0][None].float())[0].double(), expected, atol=1e-4)
+    assert torch.allclose(probe(features[0][None].float())[0].double(), conv(x), atol=1e-4)
     assert not probe.training and not probe[1].weight.requires_grad
 
 
@@ -223,8 +206,7 @@ def test_every_pixel_is_judged_at_its_masks_own_resolution():
 
 
 def test_the_majority_is_that_of_training_and_judged_on_the_reported_masks():
-    train = [torch.tensor([9, 9, 9, 9, 9, 0]), torch.tensor([1, 1, 0, 2])]
-    train[1] = torch.tensor([1, 1, 1, 2])
+    train = [torch.tensor([9, 9, 9, 9, 9, 0]), torch.tensor([1, 1, 1, 2])]
     reported = [torch.tensor([0, 0, 9]), torch.tensor([0, 1, 9])]
     best, found = eval_dense.majority(train, reported, classes=3, ignore=9)
     assert best == 1
@@ -234,26 +216,20 @@ def test_the_majority_is_that_of_training_and_judged_on_the_reported_masks():
 # ---- TokenCut ------------------------------------------------------------------------------------
 
 
-def test_affinity_is_one_above_tau_and_the_floor_elsewhere():
-    keys = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, -2.0]])  # cosines .6, 0, -.8
-    W = eval_dense.affinity(keys, tau=0.5)
-    assert W.tolist() == [[1, 1, 1e-5], [1, 1, 1e-5], [1e-5, 1e-5, 1]] and W.dtype == np.float64
-    assert eval_dense.affinity(keys, tau=0.7)[0, 1] == 1e-5
-    assert eval_dense.affinity(keys, tau=-0.1)[0, 2] == 1 != eval_dense.affinity(keys, -0.1)[1, 2]
-
-
-def second_eigenvector(W: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def eigenvector_by_hand(keys: np.ndarray, tau: float) -> tuple[np.ndarray, np.ndarray]:
     """(x, all eigenvalues): of I - D^-1/2 W D^-1/2, whose eigenvectors are D^1/2 x."""
+    unit = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+    W = np.where(unit @ unit.T > tau, 1.0, 1e-5)
     root = np.sqrt(W.sum(axis=1))
     values, vectors = np.linalg.eigh(np.eye(len(W)) - W / root[:, None] / root)
     return vectors[:, 1] / root, values
 
 
-def test_fiedler_vector_solves_the_generalised_problem():
-    generator = np.random.default_rng(0)
-    W = np.where(generator.random((40, 40)) > 0.8, 1.0, 1e-5)
-    W = np.maximum(W, W.T)
-    found, (expected, _) = eval_dense.fiedler_vector(W), second_eigenvector(W)
+@pytest.mark.parametrize("tau", [0.2, -0.1])
+def test_fiedler_vector_solves_the_generalised_problem(tau):
+    keys = np.random.default_rng(0).normal(size=(40, 6))
+    expected, _ = eigenvector_by_hand(keys, tau)
+    found = eval_dense.fiedler_vector(torch.from_numpy(keys), tau)
     expected = expected * np.sign(found @ expected)
     assert np.allclose(found / np.linalg.norm(found), expected / np.linalg.norm(expected))
 
@@ -275,20 +251,13 @@ def test_foreground_by_hand():
 
 def tokencut_by_hand(keys: np.ndarray, rows: int, tau: float) -> list[np.ndarray]:
     """A seed's part: of each seed, where entries are equal but for rounding."""
-    unit = keys / np.linalg.norm(keys, axis=1, keepdims=True)
-    x, values = second_eigenvector(np.where(unit @ unit.T > tau, 1, 1e-5))
+    x, values = eigenvector_by_hand(keys, tau)
     assert values[2] - values[1] > 1e-6  # or there is no second eigenvector to speak of
     parts = []
     for seed in np.flatnonzero(np.abs(x) > np.abs(x).max() * (1 - 1e-8)):
         side = ((x > x.mean()) == (x[seed] > x.mean())).reshape(rows, -1)
-        part, todo = np.zeros_like(side), [divmod(seed, side.shape[1])]
-        while todo:
-            r, c = todo.pop()
-            inside = 0 <= r < side.shape[0] and 0 <= c < side.shape[1]
-            if inside and side[r, c] and not part[r, c]:
-                part[r, c] = True
-                todo += [(r + 1, c), (r - 1, c), (r, c + 1), (r, c - 1)]
-        parts.append(part)
+        start = (np.arange(len(x)) == seed).reshape(rows, -1)
+        parts.append(binary_propagation(start, mask=side))
     return parts
 
 
@@ -311,41 +280,26 @@ def test_tokencut_cuts_at_tau_and_leaves_a_single_patch_whole():
     """Keys at a cosine of 0.5: two kinds for tau 0.6, one for tau 0.4, where any cut will do."""
     picture = torch.zeros(3, 4, dtype=torch.bool)
     picture[1:, 1:3] = True
-    keys = torch.where(
-        picture.flatten()[:, None], torch.tensor([1.0, 0]), torch.tensor([1, 3**0.5])
-    )
+    inside, outside = torch.tensor([1.0, 0]), torch.tensor([1, 3**0.5])
+    keys = torch.where(picture.flatten()[:, None], inside, outside)
     assert torch.equal(eval_dense.tokencut(keys, 3, tau=0.6), picture)
     assert eval_dense.tokencut(keys[:1], 1, 0.2).tolist() == [[True]]
 
 
-def test_judging_a_part_by_hand():
-    """The part covers the left half of 4 x 6 pixels; the object is part of its upper row."""
-    part, size = torch.tensor([[True, False], [True, False]]), (4, 6)
-    mask = torch.zeros(4, 6, dtype=torch.uint8)
-    mask[0, :2], mask[3], mask[1, 5] = 1, 9, 2
+def test_corloc_by_hand():
+    """The part covers the left half of 4 x 6 pixels."""
+    left, lower = torch.tensor([[1, 0], [1, 0]]).bool(), torch.tensor([[0], [1]]).bool()
 
-    def found(*boxes) -> bool:
-        return eval_dense.judge(part, torch.tensor(boxes).double(), None, size, 9)[0]
+    def corloc(part: Tensor, *boxes) -> float:
+        return eval_dense.corloc([part], [torch.tensor(boxes).double()], [(4, 6)])
 
-    assert found([0, 0, 3, 4]) and found([0, 0, 3, 2]) and not found([0, 0, 3, 1.99])
-    assert found([4, 0, 6, 4], [0, 0, 3, 2]) and not found([3, 0, 6, 4])  # the best one counts
-    box = torch.tensor([[0, 0, 3, 4]]).double()
-    assert eval_dense.judge(part, box, None, size, 9) == (True, None)
-    # 2 pixels in both, 9 of the part and 1 of the object besides, but for those ignored
-    _, iou = eval_dense.judge(part, box, mask, size, ignore=9)
-    assert iou == pytest.approx(2 / 10)
-    assert eval_dense.judge(part, box, mask * 0, size, 9) == (True, None)
-    assert eval_dense.judge(part, box, mask * 0 + 9, size, 9) == (True, None)
-    lower = torch.tensor([[False], [True]])
-    assert eval_dense.judge(lower, torch.tensor([[0, 2, 6, 4]]).double(), None, size, 9)[0]
-    _, iou = eval_dense.judge(lower, box, mask, size, ignore=300)  # outside uint8
-    assert iou == pytest.approx(6 / 15)
-
-
-def test_the_summary_means_over_what_there_is():
-    found = eval_dense.summary([(True, 0.5), (False, None), (False, 0.1)])
-    assert found == dict(corloc=pytest.approx(100 / 3), mask_iou=pytest.approx(30))
-    assert eval_dense.summary([(True, None)]) == dict(corloc=100, mask_iou=None)
+    assert corloc(left, [0, 0, 3, 4]) == corloc(left, [0, 0, 3, 2]) == 100
+    assert corloc(left, [0, 0, 3, 1.99]) == corloc(left, [3, 0, 6, 4]) == 0
+    assert corloc(left, [4, 0, 6, 4], [0, 0, 3, 2]) == 100  # the best one counts
+    assert corloc(lower, [0, 2, 6, 4]) == 100 and corloc(lower, [0, 0, 6, 2]) == 0
+    # the mean is over the images with a box, each of its own size
+    boxes = [torch.tensor(b).view(-1, 4) for b in ([0.0, 0, 30, 40], [], [0.0, 0, 30, 40])]
+    assert eval_dense.corloc([left] * 3, boxes, [(40, 60), (4, 6), (4, 6)]) == 50
 
 
 # ---- principal components ------------------------------------------------------------------------
@@ -404,27 +358,25 @@ def test_checkpoints_are_loaded_trained_frozen_and_beside_their_own_untrained_we
 ):
     model = network(residual=True, drop_path=0.5)
     save(tmp_path / "a/last.pt", model)
-    args = parsed(monkeypatch, "segment", tmp_path / "a/last.pt")
-    found = eval_dense.load_networks(args)
+    found = eval_dense.load_networks(parsed(monkeypatch, "segment", tmp_path / "a/last.pt"))
     assert list(found) == ["a", "a, untrained"]
-    images = some_inputs(16, 16)
+    images = some_inputs(16)
     assert torch.equal(found["a"](images), model(images))  # nothing dropped: not training
     torch.manual_seed(ARGS["seed"])
     fresh = conditioned_init_(ViT(**model.config), 0.7, 1.0, 2.0).eval()
     assert torch.equal(found["a, untrained"](images), fresh(images))
     assert not torch.equal(fresh(images), model(images))
     assert not any(p.requires_grad for m in found.values() for p in m.parameters())
-    args = parsed(monkeypatch, "picture", tmp_path / "a/last.pt")
-    assert list(eval_dense.load_networks(args)) == ["a"]
+    found = eval_dense.load_networks(parsed(monkeypatch, "picture", tmp_path / "a/last.pt"))
+    assert list(found) == ["a"]
 
 
 def test_averaged_weights_are_what_is_looked_at(tmp_path, monkeypatch):
     model = network()
     ema = {f"module.{k}": 2 * v for k, v in model.state_dict().items()}
     save(tmp_path / "a/last.pt", model, ema | {"n_averaged": torch.tensor(3)})
-    args = parsed(monkeypatch, "discover", tmp_path / "a/last.pt")
-    found = eval_dense.load_networks(args)["a"]
-    assert torch.equal(found.pos_embed, 2 * model.pos_embed)
+    found = eval_dense.load_networks(parsed(monkeypatch, "discover", tmp_path / "a/last.pt"))
+    assert torch.equal(found["a"].pos_embed, 2 * model.pos_embed)
 
 
 def test_folders_of_one_name_are_told_apart_by_their_paths(tmp_path, monkeypatch):
@@ -441,64 +393,57 @@ def test_random_networks_are_the_arms_at_their_own_defaults(arm, monkeypatch):
     [(name, found)] = eval_dense.load_networks(args).items()
     assert name == f"{arm}, random" and not found.training
     torch.manual_seed(4)
-    shape = dict(image_size=32, patch_size=8, num_classes=0, dim=64, depth=12, num_heads=4)
+    shape = dict(image_size=32, patch_size=8, num_classes=0) | PRESETS["nano"]
     expected = networks.fresh_arm(arm, **shape)
     assert found.config == expected.config
     for a, b in zip(found.parameters(), expected.parameters()):
         assert torch.equal(a, b)
 
 
-def sizes_of(capsys, model: ViT, first=None, asked=None, name: str = "a"):
-    """(input size, what was printed)."""
-    found = eval_dense.input_sizes(Namespace(image_size=asked), {name: model}, first)
-    return found[name], capsys.readouterr().out
+def test_input_sizes_are_whole_patches(monkeypatch, capsys):
+    """And a size that a network was not trained at is said."""
+    models = dict(a=network(), b=network(image_size=28, patch_size=14))
+
+    def sizes(*first, asked=()) -> list:
+        args = parsed(monkeypatch, "picture", *(["--image-size", *asked] if asked else []))
+        return list(eval_dense.input_sizes(args, models, first).values())
+
+    assert sizes(120, 16) == [(120, 16), (126, 28)]  # whatever they were trained at
+    assert sizes(3, 57) == [(8, 64), (14, 70)]
+    assert sizes(45, 60, asked=[56]) == 2 * [(56, 56)]
+    assert sizes(45, 60, asked=[56, 112]) == 2 * [(56, 112)]
+    note = "b: position embedding interpolated from 28 px to 56 x 112\n"
+    assert capsys.readouterr().out.endswith(note)
+    models = {"a": network(), "b, untrained": network(image_size=28, patch_size=14)}
+    assert sizes(16, 16) == [(16, 16), (28, 28)] and not capsys.readouterr().out
 
 
-def test_input_sizes(capsys):
-    small, large = network(), network(image_size=160, patch_size=16)
-    odd = network(image_size=28, patch_size=14)
-    note = "a: images of {} x {}, trained at 16 x 16: position embeddings interpolated\n"
-    assert sizes_of(capsys, small) == ((120, 120), note.format(120, 120))
-    assert sizes_of(capsys, large) == ((160, 160), "")  # synthetic images: its own size
-    assert sizes_of(capsys, odd)[0] == (126, 126)  # 120 / 14 = 8.57
-    assert sizes_of(capsys, small, (45, 59)) == ((48, 56), note.format(48, 56))
-    assert sizes_of(capsys, small, (44, 60))[0] == (48, 64)  # halves up
-    assert sizes_of(capsys, small, (3, 60))[0] == (8, 64)
-    assert sizes_of(capsys, small, (45, 60), [24]) == ((24, 24), note.format(24, 24))
-    assert sizes_of(capsys, small, (45, 60), [24, 16]) == ((24, 16), note.format(24, 16))
-    assert sizes_of(capsys, small, (45, 60), [16, 24]) == ((16, 24), note.format(16, 24))
-    assert sizes_of(capsys, small, (16, 17)) == ((16, 16), "")
-    assert sizes_of(capsys, small, name="a, untrained") == ((120, 120), "")  # said of "a" before
-    lines = sizes_of(capsys, small, name="long " * 20)[1].splitlines()
-    assert len(lines) == 2 and max(map(len, lines)) <= 100
-
-
-def test_synthetic_images_are_drawn_at_the_largest_input_size(monkeypatch, capsys):
+def test_without_a_folder_images_are_drawn(monkeypatch):
     args = parsed(monkeypatch, "segment", "--image-size", "8")
-    models = dict(a=network())
-    sizes, train, reported = eval_dense.load_scenes(args, models, "train", "reported")
-    assert sizes == dict(a=(8, 8))
+    train, reported = eval_dense.load_scenes(args, "train", "reported")
     assert len(train.names) == 1000 and len(reported.names) == 500
     assert torch.equal(train.image(9), draw_shapes([9], 8, "train")[0][0])
     assert torch.equal(reported.image(9), draw_shapes([9], 8, "val")[0][0])
-    models = dict(a=network(), b=network(image_size=160, patch_size=16))
-    sizes, shown = eval_dense.load_scenes(parsed(monkeypatch, "picture"), models, "shown")
-    assert sizes == dict(a=(120, 120), b=(160, 160)) and shown.sizes == [(160, 160)] * 2
-    args = parsed(monkeypatch, "picture", "--image-size", "8", "24")
-    assert eval_dense.load_scenes(args, models | dict(b=models["a"]), "shown")[1].sizes[0] == (
-        24,
-        24,
-    )
+    for words, side in ((["picture"], 120), (["picture", "--image-size", "8", "24"], 24)):
+        [shown] = eval_dense.load_scenes(parsed(monkeypatch, *words), "shown")
+        assert shown.sizes == [(side, side)] * 2
 
 
-def make_scenes(root, splits=("train", "test"), count: int = 4, sizes=((20, 30), (17, 24))):
+@pytest.mark.parametrize("depth, expected", [(12, [3, 6, 9, 12]), (6, [2, 3, 5, 6]), (2, [1, 2])])
+def test_blocks_are_the_last_or_evenly_spaced(depth, expected):
+    args, models = Namespace(blocks=None), dict(a=network(depth=depth))
+    assert eval_dense.chosen_blocks(args, models, parts=1, least=0) == dict(a=[depth])
+    assert eval_dense.chosen_blocks(args, models, parts=4, least=1) == dict(a=expected)
+
+
+def make_scenes(root, splits=("train", "test")):
     """Streets in miniature: dark ground 0 below, bright 1 above, an ignored 11 along the rim."""
     generator = np.random.default_rng(0)
     for split in splits:
         for kind in ("images", "masks"):
             (root / split / kind).mkdir(parents=True)
-        for i in range(count):
-            mask = np.zeros(sizes[i % len(sizes)], np.uint8)
+        for i in range(4):
+            mask = np.zeros(((20, 30), (17, 24))[i % 2], np.uint8)
             mask[: len(mask) // 2 + i] = 1
             image = 60 + 120 * mask[..., None] + generator.integers(0, 30, (*mask.shape, 3))
             mask[:, :2] = 11
@@ -507,36 +452,31 @@ def make_scenes(root, splits=("train", "test"), count: int = 4, sizes=((20, 30),
     return root
 
 
-def test_test_is_reported_on_and_val_where_there_is_no_test(tmp_path, monkeypatch, capsys):
-    models = dict(a=network())
-    make_scenes(tmp_path, ["train", "val"], sizes=[(20, 30)])
+def test_test_is_reported_on_and_val_where_there_is_no_test(tmp_path, monkeypatch):
+    make_scenes(tmp_path, ["train", "val"])
     args = parsed(monkeypatch, "segment", "--data", tmp_path)
-    sizes, train, val = eval_dense.load_scenes(args, models, "train", "reported")
-    assert train.names[0] == "train/images/0.png" and val.names[3] == "val/images/3.png"
-    assert sizes == dict(a=(24, 32))
-    make_scenes(tmp_path, ["test"], sizes=[(30, 40)])
-    sizes, test = eval_dense.load_scenes(args, models, "reported")
-    assert test.names[0] == "test/images/0.png" and sizes == dict(a=(32, 40))
+    train, val = eval_dense.load_scenes(args, "train", "reported")
+    assert train.names[0] == f"{tmp_path}/train/images/0.png"
+    assert val.names[3] == f"{tmp_path}/val/images/3.png"
+    make_scenes(tmp_path, ["test"])
+    [test] = eval_dense.load_scenes(args, "reported")
+    assert test.names[0] == f"{tmp_path}/test/images/0.png"
 
 
 def test_masks_are_needed_unless_discover_has_boxes(tmp_path, monkeypatch, capsys):
     make_scenes(tmp_path, ["test"])
-    for file in (tmp_path / "test/masks").iterdir():
-        file.unlink()
-    (tmp_path / "test/masks").rmdir()
-    models = dict(a=network())
+    shutil.rmtree(tmp_path / "test/masks")
 
     def load(command: str):
-        args = parsed(monkeypatch, command, "--data", tmp_path)
-        return eval_dense.load_scenes(args, models, "reported")[1]
+        return eval_dense.load_scenes(parsed(monkeypatch, command, "--data", tmp_path), "reported")
 
     with pytest.raises(SystemExit):
         load("discover")
     (tmp_path / "boxes.tsv").write_text("")
-    assert load("discover").masks is None
+    assert load("discover")[0].masks is None
     with pytest.raises(SystemExit):
         load("segment")
-    assert "no folder" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("no folder") == 2
 
 
 def test_networks_are_shown_all_images_in_turn_resized_and_normalised(monkeypatch):
@@ -544,10 +484,16 @@ def test_networks_are_shown_all_images_in_turn_resized_and_normalised(monkeypatc
     images = draw_shapes([0, 1, 2], 20, "val")[0]
     some = scenes.Scenes(["a", "b", "c"], images.__getitem__, [], None)
     parts = list(eval_dense.network_inputs(some, (16, 24), CPU, ""))
-    assert [numbers for numbers, _ in parts] == [[0, 1], [2]]
+    assert [len(part) for part in parts] == [2, 1]
     resized = v2.functional.resize(images, [16, 24], InterpolationMode.BICUBIC, antialias=True)
-    found = torch.cat([x for _, x in parts])
-    assert torch.allclose(found, normed(resized), atol=1e-6) and found.shape[2:] == (16, 24)
+    assert torch.allclose(torch.cat(parts), normed(resized), atol=1e-6)
+
+
+def test_features_are_half_precision_maps_of_the_blocks_side_by_side():
+    model, inputs = network(), some_inputs().split(2)
+    features = eval_dense.features_of(model, inputs, [2, 0])
+    expected = [torch.cat(eval_dense.token_maps(model, x, [2, 0]), dim=1) for x in inputs]
+    assert torch.equal(torch.stack(features), torch.cat(expected).half())
 
 
 # ---- the commands --------------------------------------------------------------------------------
@@ -570,24 +516,8 @@ def shown(folder, split: str, size) -> tuple[Tensor, list[Tensor]]:
         pixels = torch.from_numpy(np.array(Image.open(folder / split / f"images/{i}.png")))
         image = rearrange(pixels, "row col colour -> colour row col")
         inputs.append(v2.functional.resize(image, size, InterpolationMode.BICUBIC))
-        ids = np.array(Image.open(folder / split / f"masks/{i}.png"))
-        masks.append(torch.from_numpy(ids))
+        masks.append(torch.from_numpy(np.array(Image.open(folder / split / f"masks/{i}.png"))))
     return normed(torch.stack(inputs)), masks
-
-
-def test_features_are_half_precision_maps_of_the_blocks_side_by_side(monkeypatch, capsys):
-    model, images = network(), draw_shapes([0, 1, 2], 24, "val")[0]
-    some = scenes.Scenes(["a", "b", "c"], images.__getitem__, [], None)
-    features = eval_dense.extract(model, some, (24, 24), [2, 0], CPU, "")
-    expected = torch.cat(eval_dense.token_maps(model, normed(images), [2, 0]), dim=1)
-    assert torch.equal(torch.stack(features), expected.half())
-    many = some._replace(names=range(5 * 10**6))  # of 9 x 32 float16 each
-    batches = [([0, 1, 2], normed(images)), ([3, 4, 5], normed(images))]
-    monkeypatch.setattr(eval_dense, "network_inputs", lambda *_: batches)
-    eval_dense.extract(model, many, (24, 24), [2, 0], CPU, "all")
-    assert capsys.readouterr().out == "all: 2.9 GB of features in memory\n"
-    eval_dense.extract(model, many._replace(names=range(10**6)), (24, 24), [2, 0], CPU, "few")
-    assert not capsys.readouterr().out
 
 
 def test_segment_trains_on_train_and_reports_on_test(here, tmp_path, monkeypatch, capsys):
@@ -604,19 +534,14 @@ def test_segment_trains_on_train_and_reports_on_test(here, tmp_path, monkeypatch
     args = Namespace(ignore=11, epochs=3, seed=7, device=CPU)
     (train, masks), (test, truth) = (shown(here / "scenes", s, [24, 32]) for s in ("train", "test"))
     for name, model in (("a", trained), ("a, untrained", fresh.requires_grad_(False))):
-        features, unseen = (
-            [*torch.cat(eval_dense.token_maps(model, x, [2, 0]), dim=1).half()]
-            for x in (train, test)
-        )
-        probe = eval_dense.train_probe(features, masks, 2, args)
+        seen, unseen = (eval_dense.features_of(model, [x], [2, 0]) for x in (train, test))
+        probe = eval_dense.train_probe(seen, masks, 2, args)
         matrix = eval_dense.measure_probe(probe, unseen, truth, 2, args)
-        result = record["results"][name]
-        assert result["confusion"] == matrix.tolist()
-        assert result["iou"] == eval_dense.scores(matrix)["iou"]
-        assert result["blocks"] == [2, 0] and result["size"] == [24, 32]
-        row = rf"{result['miou']:.1f} +{result['accuracy']:.1f}"
-        assert any(line.split()[-2:] == row.split(" +") for line in printed.splitlines())
-        assert f"{name}   0:{result['iou'][0]:.1f}  1:{result['iou'][1]:.1f}\n" in printed
+        expected = eval_dense.scores(matrix)
+        facts = dict(confusion=matrix.tolist(), blocks=[2, 0], size=[24, 32])
+        assert record["results"][name] == expected | facts
+        row = [*name.split(), f"{expected['miou']:.1f}", f"{expected['accuracy']:.1f}"]
+        assert row in [line.split() for line in printed.splitlines()]
     best, baseline = eval_dense.majority(masks, truth, 2, 11)
     assert record["results"][f"class {best} everywhere"] == baseline
     assert "4 training, 4 reported images, 2 classes" in printed and record["classes"] == 2
@@ -629,12 +554,15 @@ def test_segment_trains_on_train_and_reports_on_test(here, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("boxes", ["from masks", "from a file"])
 def test_discover_cuts_every_image_with_a_box(boxes, here, tmp_path, monkeypatch, capsys):
-    root = here / "scenes"
+    def noted(parts, true, sizes) -> float:
+        cut.append(list(parts))
+        return corloc(cut[-1], true, sizes)
+
+    corloc, cut, root = eval_dense.corloc, [], here / "scenes"
+    monkeypatch.setattr(eval_dense, "corloc", noted)
     if boxes == "from a file":
         root = make_scenes(tmp_path / "scenes")
-        for file in (root / "test/masks").iterdir():
-            file.unlink()
-        (root / "test/masks").rmdir()
+        shutil.rmtree(root / "test/masks")
         lines = [f"test/images/{i}.png\t0\t0\t{x}\t{y}" for i, x, y in [(1, 24, 11), (2, 30, 13)]]
         (root / "boxes.tsv").write_text("\n".join([*lines, "test/images/2.png\t0\t0\t30\t20"]))
     words = ["discover", here / "runs/mean/last.pt", "--data", root, "--ignore", "11"]
@@ -642,24 +570,19 @@ def test_discover_cuts_every_image_with_a_box(boxes, here, tmp_path, monkeypatch
     run_main(eval_dense.main, words, tmp_path, monkeypatch)
     printed = capsys.readouterr().out
     record = json.loads((tmp_path / "o/discover.json").read_text())
-    assert list(record["results"]) == ["the whole image", "mean", "mean, untrained"]
+    count = 4 if boxes == "from masks" else 2
+    assert f"{count} of 4 images have a true box" in printed and record["images"] == count
     inputs, masks = shown(here / "scenes", "test", [32, 40])
-    found = scenes.folder_scenes(root, "test", False)
-    true = scenes.true_boxes(found, str(root), 11)
-    numbers = [0, 1, 2, 3] if boxes == "from masks" else [1, 2]
-    assert f"{len(numbers)} of 4 images have a true box" in printed
-    assert record["images"] == len(numbers)
-    model, verdicts, whole = network(pool="mean", residual=True), [], []
-    for i in numbers:
-        part = eval_dense.tokencut(eval_dense.last_keys(model, inputs)[i], 4, 0.5)
-        mask = masks[i] if boxes == "from masks" else None
-        for kept, cut in ((verdicts, part), (whole, torch.ones(1, 1) > 0)):
-            kept.append(eval_dense.judge(cut, true[i], mask, tuple(masks[i].shape), 11))
-    mine = eval_dense.summary(verdicts)
-    assert record["results"]["mean"] == mine | dict(size=[32, 40])
-    assert record["results"]["the whole image"] == eval_dense.summary(whole)
-    cells = [f"{x:.1f}" if x is not None else "-" for x in (mine["corloc"], mine["mask_iou"])]
-    assert ["mean", *cells] in [line.split() for line in printed.splitlines()]
+    keys = eval_dense.last_keys(network(pool="mean", residual=True), inputs)
+    parts = [eval_dense.tokencut(k, 4, 0.5) for k in keys]
+    assert all(map(torch.equal, cut[1], parts)) and len(cut[1]) == 4
+    true = scenes.true_boxes(scenes.folder_scenes(root, "test", count == 4), str(root), 11)
+    sizes = [tuple(mask.shape) for mask in masks]
+    whole, mine = (corloc(x, true, sizes) for x in ([torch.ones(1, 1) > 0] * 4, parts))
+    assert list(record["results"]) == ["the whole image", "mean", "mean, untrained"]
+    assert record["results"]["the whole image"] == dict(corloc=whole)
+    assert record["results"]["mean"] == dict(corloc=mine, size=[32, 40])
+    assert ["mean", f"{mine:.1f}"] in [line.split() for line in printed.splitlines()]
 
 
 def figure_of(words, cwd, monkeypatch):
@@ -680,66 +603,48 @@ def test_picture_shows_tokens_and_attention_of_every_network(here, tmp_path, mon
     figure, path = figure_of(words, tmp_path, monkeypatch)
     assert str(path) == "o/picture.png" and path.parent.is_dir()
     inputs = shown(here / "scenes", "test", [24, 32])[0][[3, 0]]
-    for part, (name, model) in zip(
-        figure.subfigs, dict(a=network(), mean=network(pool="mean", residual=True)).items()
-    ):
+    models = dict(a=network(), mean=network(pool="mean", residual=True))
+    for part, (name, model) in zip(figure.subfigs, models.items()):
         assert part.get_suptitle() == name
         axes = np.array(part.axes).reshape(2, 5)
-        titles = [ax.get_title().replace("\n", " ") for ax in axes[0]]
-        assert titles == [
-            "image",
-            *(f"{x}, block {b}" for x in ("tokens", "attention") for b in (2, 1)),
-        ]
-        for i, number in enumerate((3, 0)):
-            pixels = np.array(Image.open(here / f"scenes/test/images/{number}.png"))
-            assert np.array_equal(axes[i, 0].images[0].get_array(), pixels)
+        assert [ax.get_title() for ax in axes[:, 0]] == ["image\n", ""]
+        for ax, path in zip(axes[:, 0], paths):
+            assert np.array_equal(ax.images[0].get_array(), np.array(Image.open(path)))
         for column, block in enumerate((2, 1)):
             [maps] = eval_dense.token_maps(model, inputs, [block])
             for i, x in enumerate(maps):
-                ax = axes[i, 1 + column]
-                colours = eval_dense.principal_colours(x)
-                assert np.allclose(ax.images[0].get_array(), colours)
-                assert ax.get_xlabel() == f"spread {eval_dense.spread_of(x):.1g}" and not ax.texts
-                ax = axes[i, 3 + column]
-                if name == "mean":
-                    assert [t.get_text() for t in ax.texts] == ["no class\ntoken"] and not ax.images
+                ax, title = axes[i, 1 + column], ("" if i else f"tokens,\nblock {block}\n")
+                assert np.allclose(ax.images[0].get_array(), eval_dense.principal_colours(x))
+                assert ax.get_title() == f"{title}spread {eval_dense.spread_of(x):.1g}"
+                ax, title = axes[i, 3 + column], ("" if i else f"attention,\nblock {block}\n")
+                if name == "mean":  # which has no class token
+                    assert not ax.images and not ax.get_title() and not ax.axison
                     continue
                 share = eval_dense.class_attention(model, inputs, block)[i]
-                assert np.allclose(ax.images[0].get_array(), share) and not ax.texts
+                assert np.allclose(ax.images[0].get_array(), share)
                 assert ax.images[0].norm.vmin == 0 and ax.images[0].norm.vmax == share.max()
-                assert ax.get_xlabel() == f"peak {share.max() / share.mean():.1f}"
+                assert ax.get_title() == f"{title}peak {share.max() / share.mean():.1f}"
 
 
-def test_picture_says_where_tokens_are_alike_and_captions_can_be_read(
-    tmp_path, monkeypatch, capsys
-):
+def test_picture_says_where_tokens_are_alike_and_captions_can_be_read(tmp_path, monkeypatch):
     words = ["--random-init", "skipless-default", "--random-init", "residual", "--out", "o"]
     figure, _ = figure_of(words, tmp_path, monkeypatch)
-    assert figure.subfigs[0]._suptitle.get_color() == pictures.ARM_COLOURS["skipless-default"]
-    assert figure.subfigs[1]._suptitle.get_color() == pictures.ARM_COLOURS["residual"]
+    for part, arm in zip(figure.subfigs, ("skipless-default", "residual")):
+        assert part._suptitle.get_color() == pictures.ARM_COLOURS[arm]
     alike, apart = (np.array(part.axes).reshape(2, 9) for part in figure.subfigs)
-    quarters = [f"tokens,\nblock {b}" for b in (3, 6, 9, 12)]
-    assert [ax.get_title() for ax in alike[0, 1:5]] == quarters
+    quarters = [f"block {b}" for b in (3, 6, 9, 12)]
+    assert [ax.get_title().splitlines()[1] for ax in alike[0, 1:5]] == quarters
     assert alike[0, 0].images[0].get_array().shape == (120, 120, 3)
     assert alike[0, 1].images[0].get_array().shape == (15, 15, 3)
     for ax in alike[:, 4]:
-        assert [t.get_text() for t in ax.texts] == ["tokens\nalike"]
+        assert ax.get_title().splitlines()[-1].startswith("alike ")
         assert np.all(ax.images[0].get_array() == 0.5)
-    assert not any(ax.texts for ax in apart[:, 1:5].flat)
+    assert not any("alike" in ax.get_title() for ax in apart.flat)
     # beside a page of text, 900 pixels wide, a caption is 9 pixels high, and none is over another
     scale = 900 / figure.bbox.width
     for ax in [*alike.flat, *apart.flat]:
-        for text in [ax.title, ax.xaxis.label, *ax.texts]:
-            box, room = text.get_window_extent(), ax.get_window_extent()
-            assert text.get_fontsize() * figure.dpi / 72 * scale >= 9
-            assert box.width < room.width * 1.05
-
-
-def test_quarters_of_a_shallow_network_are_no_block_twice(here, tmp_path, monkeypatch, capsys):
-    figure, _ = figure_of([here / "runs/a/last.pt", "--out", "o"], tmp_path, monkeypatch)
-    titles = [ax.get_title() for ax in figure.subfigs[0].axes[:5]]
-    numbered = [f"{x},\nblock {b}" for x in ("tokens", "attention") for b in (1, 2)]
-    assert titles == ["image", *numbered]
+        assert ax.title.get_fontsize() * figure.dpi / 72 * scale >= 9
+        assert ax.title.get_window_extent().width < ax.get_window_extent().width * 1.05
 
 
 def test_picture_is_written(here, tmp_path, monkeypatch, capsys):
@@ -764,11 +669,11 @@ def test_a_command_as_a_user_runs_it(here, tmp_path):
 
 
 def test_defaults(monkeypatch):
-    shared = dict(checkpoints=[], random_init=[], image_size=None, seed=0, data=None)
+    shared = dict(checkpoints=[], random_init=[], image_size=None, seed=0, data=None, images=None)
     own = dict(
         segment=dict(blocks=None, epochs=20, ignore=255),
         discover=dict(tau=0.2, ignore=255),
-        picture=dict(blocks=None, images=None),
+        picture=dict(blocks=None),
     )
     for command, more in own.items():
         monkeypatch.setattr("sys.argv", ["eval_dense.py", command])
@@ -777,7 +682,7 @@ def test_defaults(monkeypatch):
         assert found == shared | more | dict(command=command)
 
 
-def test_one_probe_learns_what_is_where(here, tmp_path, monkeypatch):
+def test_one_probe_learns_what_is_where(monkeypatch):
     """Class 0 in the upper three rows of tokens, 1 in the lower three, at whatever resolution."""
     sizes = [(45, 60), (30, 21), (45, 60), (7, 90)]
     features = torch.zeros(len(sizes), 4, 6, 8)
@@ -796,7 +701,6 @@ BAD_FLAGS = {
     "segment nowhere.pt": "nowhere.pt: no such file",
     "segment {image}": "damaged or of another program",
     "discover --random-init resnet": "invalid choice: 'resnet'.*skipless-paper",
-    "segment {a} --data {root} --image-size 20 30": "--image-size 20 30: .* patch, 8",
     "segment {a} --data {root} --image-size 20 32": "--image-size 20 32: .* patch, 8",
     "segment {a} --data {root} --image-size 24 30": "--image-size 24 30: .* patch, 8",
     "segment {a} --image-size 0": "--image-size: must be at least 1",
@@ -804,7 +708,7 @@ BAD_FLAGS = {
     "segment {a} --blocks 1 3": r"--blocks 3: a has 2 blocks; give numbers 0\.\.2",
     "segment {a} --blocks -1": r"--blocks -1: a has 2 blocks; give numbers 0\.\.2",
     "picture {a} --blocks 0": r"--blocks 0: a has 2 blocks; give numbers 1\.\.2",
-    "picture {a} --images {image} nowhere.png": "nowhere.png: no such file",
+    "picture {a} --images {image} nowhere.png": "cannot read image nowhere.png .*No such file",
     "picture {a} --images {a}": "cannot read image .*last.pt",
     "picture {a} --data {root}": "unrecognized arguments: --data",
     "discover {a} --blocks 1": "unrecognized arguments: --blocks",

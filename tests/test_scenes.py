@@ -21,10 +21,10 @@ def refused(capsys, function, *args) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess([], ended.value.code, *capsys.readouterr())
 
 
-def of_masks(*masks, size=None) -> scenes.Scenes:
+def of_masks(*masks) -> scenes.Scenes:
     masks = [torch.tensor(m, dtype=torch.int32 if np.max(m) > 255 else torch.uint8) for m in masks]
     names = [f"{i}.jpg" for i in range(len(masks))]
-    return scenes.Scenes(names, None, [size or tuple(m.shape) for m in masks], masks)
+    return scenes.Scenes(names, None, [tuple(m.shape) for m in masks], masks)
 
 
 @pytest.fixture
@@ -47,37 +47,32 @@ def root(tmp_path):
 
 def test_a_folder_is_read_in_order_each_image_with_its_mask(root):
     found = scenes.folder_scenes(root, "train", True)
-    assert found.names == ["train/images/0.JPG", "train/images/1.png"]
+    assert found.names == [f"{root}/train/images/0.JPG", f"{root}/train/images/1.png"]
     assert found.sizes == [(5, 7), (4, 6)]
     for i, (name, mask) in enumerate(zip(found.names, found.masks)):
-        pixels = np.array(open_rgb(str(root / name)))
-        assert np.array_equal(found.image(i).permute(1, 2, 0), pixels)
+        assert np.array_equal(found.image(i).permute(1, 2, 0), open_rgb(name))
         ids = np.array(Image.open(root / f"train/masks/{i}.png"))
         assert mask.dtype == torch.uint8 and np.array_equal(mask, ids)
 
 
 def test_masks_are_optional_only_where_nobody_needs_them(root, capsys):
     shutil.rmtree(root / "train/masks")
-    assert scenes.folder_scenes(root, "train", need_masks=False).masks is None
+    assert scenes.folder_scenes(root, "train", with_masks=False).masks is None
     done = refused(capsys, scenes.folder_scenes, root, "train", True)
     assert_fails_in_one_line(done, "no folder .*train/masks; expected ROOT/train/images")
 
 
-@pytest.mark.parametrize("kind", ["palette", "16 bits", "1 bit"])
-def test_ids_of_other_kinds_of_masks(kind, tmp_path):
-    ids = np.array([[0, 1, 1], [0, 0, 1]])
-    if kind == "palette":
-        image = Image.fromarray(ids.astype(np.uint8), "P")
+@pytest.mark.parametrize("mode", ["P", "I;16", "1"])
+def test_ids_of_other_kinds_of_masks(mode, tmp_path):
+    ids = np.array([[0, 1, 1], [0, 0, 1]]) * (300 if mode == "I;16" else 1)
+    image = Image.fromarray(ids.astype({"P": np.uint8, "I;16": np.uint16, "1": bool}[mode]))
+    if mode == "P":
         image.putpalette([200, 10, 10, 3, 100, 9])
-    elif kind == "16 bits":
-        ids = ids * 300
-        image = Image.fromarray(ids.astype(np.uint16))
-    else:
-        image = Image.fromarray(ids.astype(bool))
+    assert image.mode == mode
     image.save(tmp_path / "mask.png")
     mask = scenes.read_mask(tmp_path / "mask.png", (2, 3))
     assert mask.tolist() == ids.tolist()
-    assert mask.dtype == (torch.int32 if kind == "16 bits" else torch.uint8)
+    assert mask.dtype == (torch.int32 if mode == "I;16" else torch.uint8)
 
 
 def test_synthetic_scenes_are_the_drawn_shapes_with_their_masks():
@@ -89,50 +84,42 @@ def test_synthetic_scenes_are_the_drawn_shapes_with_their_masks():
         assert torch.equal(found.masks[number], masks[i])
 
 
-def damage(path, change) -> None:
-    Image.fromarray(change(np.array(Image.open(path)))).save(path)
-
-
-BAD_FOLDERS = {
-    "no such folder": "nowhere: no folder .*nowhere/train/images; expected ROOT/train/images/",
-    "no images": "no images in .*train/images",
-    "no mask": "mask .*train/masks/1.png is missing; add it or remove",
-    "other size": r"mask .*/1.png is of \(4, 5\), its image of \(4, 6\)",
-    "turned": r"mask .*/1.png is of \(6, 4\), its image of \(4, 6\)",
-    "colours": "mask .*/0.png is RGB, not one channel",
-    "fractions": "mask .*/0.png is F, not one channel of integers",
-    "negative": "mask .*/0.png is I, not one channel of integers >= 0",
-    "image of text": "cannot read image .*train/images/1.png",
-    "mask of text": "cannot read mask .*train/masks/1.png",
+BAD_MASKS = {
+    "size": (np.zeros((4, 5), np.uint8), r"of \(4, 5\), its image of \(4, 6\)"),
+    "turned": (np.zeros((6, 4), np.uint8), r"of \(6, 4\), its image of \(4, 6\)"),
+    "colours": (np.zeros((4, 6, 3), np.uint8), "RGB, not one channel"),
+    "fractions": (np.full((4, 6), 0.5, np.float32), "F, not one channel of integers"),
+    "negative": (np.full((4, 6), -1, np.int32), "I, not one channel of integers >= 0"),
 }
 
 
-@pytest.mark.parametrize("what", BAD_FOLDERS)
+@pytest.mark.parametrize("what", BAD_MASKS)
+def test_bad_masks_end_in_one_line(what, tmp_path, capsys):
+    path, (ids, expected) = tmp_path / "1.png", BAD_MASKS[what]
+    Image.fromarray(ids).save(path, format="TIFF")  # PNG holds neither fractions nor a sign
+    done = refused(capsys, scenes.read_mask, path, (4, 6))
+    assert_fails_in_one_line(done, f"mask {path} is {expected}")
+
+
+@pytest.mark.parametrize("what", ["no folder", "no images", "no mask", "image", "mask"])
 def test_bad_folders_end_in_one_line(what, root, capsys):
-    masks, given = root / "train/masks", root
-    if what == "no such folder":
-        given = root / "nowhere"
+    image, mask = root / "train/images/1.png", root / "train/masks/1.png"
+    if what == "no folder":
+        shutil.rmtree(root / "train")
+        expected = f"no folder {image.parent}; expected ROOT/train/images/"
     elif what == "no images":
-        for file in (root / "train/images").glob("[01]*"):
+        for file in image.parent.glob("[01]*"):
             file.unlink()
+        expected = f"no images in {image.parent}"
     elif what == "no mask":
-        (masks / "1.png").unlink()
-    elif what == "other size":
-        damage(masks / "1.png", lambda ids: ids[:, 1:])
-    elif what == "turned":
-        damage(masks / "1.png", lambda ids: ids.T)
-    elif what == "colours":
-        damage(masks / "0.png", lambda ids: np.stack([ids] * 3, axis=-1))
-    elif what in ("fractions", "negative"):  # PNG holds neither: a TIFF under its name
-        ids = np.array(Image.open(masks / "0.png")) - (-0.5 if what == "fractions" else 1.0)
-        kind = np.float32 if what == "fractions" else np.int32
-        Image.fromarray(ids.astype(kind)).save(masks / "0.png", format="TIFF")
-    elif what == "image of text":
-        (root / "train/images/1.png").write_text("this is no image")
-    elif what == "mask of text":
-        (masks / "1.png").write_text("this is no image")
-    done = refused(capsys, scenes.folder_scenes, given, "train", True)
-    assert_fails_in_one_line(done, BAD_FOLDERS[what])
+        mask.unlink()
+        expected = f"mask {mask} is missing; add it or remove"
+    else:
+        damaged = image if what == "image" else mask
+        damaged.write_text("this is no image")
+        expected = f"cannot read {what} {damaged}"
+    done = refused(capsys, scenes.folder_scenes, root, "train", True)
+    assert_fails_in_one_line(done, expected)
 
 
 # ---- classes -------------------------------------------------------------------------------------
@@ -146,10 +133,10 @@ def test_classes_are_counted_in_training_masks_without_ignored_pixels():
 
 def test_unlabelled_pixels_not_declared_end_in_one_line(capsys):
     cases = [
-        ([[0, 1]], [[0, 12]], "0.jpg holds id 12, the training masks none above 1; .*--ignore 12,"),
-        ([[0, 1]], [[0, 2]], "0.jpg holds id 2, the training masks none above 1; .*--ignore 2,"),
-        ([[0, 65535]], [[0]], "0.jpg holds id 65535, .*none above 4095; .*--ignore 65535"),
-        ([[0, 4096]], [[0]], "0.jpg holds id 4096, allowed are none above 4095"),
+        ([[0, 1]], [[0, 12]], "0.jpg holds id 12, above 1, the largest .*--ignore 12,"),
+        ([[0, 1]], [[0, 2]], "0.jpg holds id 2, above 1, the largest .*--ignore 2,"),
+        ([[0, 65535]], [[0]], "0.jpg holds id 65535, above 4095, .*--ignore 65535"),
+        ([[0, 4096]], [[0]], "0.jpg holds id 4096, above 4095, the largest allowed"),
         ([[255]], [[0]], "--ignore 255: the training masks hold nothing else"),
         ([[0]], [[255]], "--ignore 255: the reported masks hold nothing else"),
     ]
@@ -191,29 +178,23 @@ def test_true_boxes_of_a_file_are_preferred(root):
     assert len(one) == 2  # found by name
 
 
-GOOD = b"train/images/1.png\t0\t0\t5\t5\n"
-BAD_BOXES = {
-    "letters": (GOOD + b"train/images/1.png\t0\t0\tfive\t5", "line 2: .*: not file, x0, y0, x1"),
-    "too few": (b"train/images/1.png\t0\t0\t5", "line 1: .*: not file, x0, y0, x1, y1"),
-    "too many": (b"train/images/1.png\t0\t0\t5\t5\t5", "line 1: .*: not file, x0, y0, x1, y1"),
-    "right of left": (b"train/images/1.png\t5\t0\t5\t5", "line 1: .*: not file, x0, y0, x1, y1"),
-    "upside down": (b"train/images/1.png\t0\t5\t5\t5", "line 1: .*: not file, x0, y0, x1, y1"),
-    "outside left": (b"train/images/1.png\t-1\t0\t5\t5", "line 1: .*: not file, x0, y0, x1, y1"),
-    "outside above": (b"train/images/1.png\t0\t-1\t5\t5", "line 1: .*: not file, x0, y0, x1, y1"),
-    "endless": (b"train/images/1.png\t0\t0\t5\tinf", "line 1: .*: not file, x0, y0, x1, y1"),
-    "endless width": (b"train/images/1.png\t0\t0\tinf\t5", "line 1: .*: not file, x0, y0, x1, y1"),
-    "not a number": (b"train/images/1.png\tnan\t0\t5\t5", "line 1: .*: not file, x0, y0, x1, y1"),
-    "no such file": (b"train/images/7.png\t0\t0\t5\t5", "line 1: .*: no such file under ROOT"),
-    "late header": (GOOD + b"file\tx0\ty0\tx1\ty1", "line 2: .*: not file, x0, y0, x1, y1"),
-    "latin-1": ("train/images/1\xe4.png\t0\t0\t5\t5".encode("latin-1"), "line 1: .*no such file"),
-    "none here": (b"train/images/notes.txt\t0\t0\t5\t5", "no reported image has a true box"),
-}
+BAD_BOXES = ["1.png\t0\t0\tfive\t5", "1.png\t0\t0\t5", "1.png\t0\t0\t5\t5\t5"]
+BAD_BOXES += ["1.png\t5\t0\t5\t5", "1.png\t0\t5\t5\t5", "1.png\t-1\t0\t5\t5", "1.png\t0\t-1\t5\t5"]
+BAD_BOXES += ["1.png\t0\t0\t5\tinf", "1.png\t0\t0\tinf\t5", "1.png\tnan\t0\t5\t5"]
+BAD_BOXES += ["7.png\t0\t0\t5\t5", "1\xe4.png\t0\t0\t5\t5"]  # no such file; nor is it UTF-8
+BAD_BOXES += ["1.png\t0\t0\t5\t5\nfile\tx0\ty0\tx1\ty1"]  # a late header
 
 
-@pytest.mark.parametrize("what", BAD_BOXES)
-def test_bad_boxes_end_in_one_line(what, root, capsys):
-    text, expected = BAD_BOXES[what]
-    (root / "boxes.tsv").write_bytes(text)
+@pytest.mark.parametrize("lines", BAD_BOXES)
+def test_bad_boxes_end_in_one_line(lines, root, capsys):
+    (root / "boxes.tsv").write_bytes(f"train/images/{lines}".encode("latin-1"))
+    done = refused(capsys, scenes.read_boxes, root / "boxes.tsv")
+    expected = f"line {1 + lines.count(chr(10))}: .*: expected a file of ROOT, x0, y0, x1, y1, tab"
+    assert_fails_in_one_line(done, expected)
+
+
+def test_boxes_of_no_reported_image_end_in_one_line(root, capsys):
+    (root / "boxes.tsv").write_text("train/images/notes.txt\t0\t0\t5\t5")
     read = scenes.folder_scenes(root, "train", True)
     done = refused(capsys, scenes.true_boxes, read, str(root), 255)
-    assert_fails_in_one_line(done, expected)
+    assert_fails_in_one_line(done, "no reported image has a true box")
