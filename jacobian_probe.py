@@ -9,8 +9,9 @@ What is measured first is what skips are said to be for, **gradient norms**: the
 gradient by the tokens after each block, and by each weight matrix apart. Apart, because one norm
 misleads: where an image's tokens have become alike, the gradients of W_Q and W_K are zero while
 those of W_V and the MLP are not. Then what explains them: how alike the tokens are, whom they
-attend to, the condition of the Jacobians K that a skipless network multiplies and of the K + I
-that a residual one does, and the averaged partial Jacobian norm (APJN) beside its theory.
+attend to, the condition of the Jacobians K that a skipless network multiplies, of the K + I that a
+residual one does, and of their product J from each block to the output; and the size of J, the
+averaged partial Jacobian norm (APJN), beside its theory.
 
 Prints two tables and a conclusion a network; writes OUT/probe.png (everything in one picture) and
 OUT/probe.json (the numbers). `--explain` says what each column and panel means.
@@ -21,13 +22,11 @@ Gradient Descent on Transformers with Residual Connections" (arXiv 2506.05249).
 """
 
 import argparse
-import functools
 import json
-import math
 import statistics
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -39,26 +38,20 @@ from tqdm import tqdm
 import cli
 import engine
 import files
+import jacobians
 import networks
 import pictures
 from data import augmentations, image_folder, normalise
-from jacobians import CONDITIONS, DENSE_LIMIT, LARGEST, condition_number, conditioning
+from jacobians import CONDITIONS, LARGEST, condition_number
 from minskip import PRESETS, Block, ViT
 from shapes import draw_shapes
 from theory import theory_of
 
 # --------------------------------------------------------------------------------------------------
-# Gradients
+# What is measured
 # --------------------------------------------------------------------------------------------------
 
-MATRICES = {
-    "W_Q": "attention.W_Q",
-    "W_K": "attention.W_K",
-    "W_V": "attention.W_V",
-    "W_O": "attention.W_O",
-    "fc1": "mlp.fc1",
-    "fc2": "mlp.fc2",
-}
+MATRICES = "attention.W_Q attention.W_K attention.W_V attention.W_O mlp.fc1 mlp.fc2".split()
 
 
 def gradient_norms(model: ViT, tokens: list[Tensor], labels: Tensor) -> dict[str, list[float]]:
@@ -70,8 +63,9 @@ def gradient_norms(model: ViT, tokens: list[Tensor], labels: Tensor) -> dict[str
     if not loss.isfinite():
         cli.fail(f"the loss of this network is {loss.item()}: nothing can be measured on it")
     by = {"g(tokens)": tokens}
-    for name, path in MATRICES.items():
-        by[f"g({name})"] = [block.get_submodule(path).weight for block in model.blocks]
+    for path in MATRICES:
+        weights = [block.get_submodule(path).weight for block in model.blocks]
+        by[f"g({path.split('.')[1]})"] = weights
     gradients = torch.autograd.grad(loss, [x for xs in by.values() for x in xs], retain_graph=True)
     norms = iter(gradients)
     return {key: [next(norms).norm().item() for _ in xs] for key, xs in by.items()}
@@ -91,11 +85,7 @@ def apjn(tokens: list[Tensor], probes: int = 2) -> list[float]:
     return totals
 
 
-# --------------------------------------------------------------------------------------------------
-# Tokens and attention
-# --------------------------------------------------------------------------------------------------
-
-
+@torch.no_grad()
 def token_statistics(x: Tensor) -> dict[str, float]:
     """How different tokens are, (batch, token, dim), mean over images.
 
@@ -103,9 +93,9 @@ def token_statistics(x: Tensor) -> dict[str, float]:
     singular values' shares (Roy and Vetterli 2007), of n tokens at most n.
     """
     n = x.shape[1]
-    unit = F.normalize(x.detach(), dim=-1)
+    unit = F.normalize(x, dim=-1)
     cosine = (unit.sum(1).square().sum(-1) - n) / (n * (n - 1))
-    singular = torch.linalg.svdvals(x.detach())
+    singular = torch.linalg.svdvals(x)
     shares = singular / singular.sum(-1, keepdim=True)
     rank = torch.special.entr(shares).sum(-1).exp()
     apart = (1 - cosine).clamp_min(0)  # rounding may leave less
@@ -121,17 +111,11 @@ def attention_statistics(block: Block, x: Tensor) -> dict[str, float]:
     """
     y = block.norm1(x)
     Z = block.attention(y)
-    own = block.attention.weights(y).diagonal(dim1=-2, dim2=-1).mean().item()
-    kappas = [
-        statistics.median(condition_number(s) for s in torch.linalg.svdvals(output))
-        for output in (Z, x + Z)
-    ]
-    return dict(zip(("own", "k(Z)", "k(X+Z)"), (own, *kappas)))
-
-
-# --------------------------------------------------------------------------------------------------
-# One network, measured whole
-# --------------------------------------------------------------------------------------------------
+    result = {"own": block.attention.weights(y).diagonal(dim1=-2, dim2=-1).mean().item()}
+    for name, output in (("k(Z)", Z), ("k(X+Z)", x + Z)):
+        kappas = [condition_number(singular) for singular in torch.linalg.svdvals(output)]
+        result[name] = statistics.median(kappas)
+    return result
 
 
 def measure(model: ViT, images: Tensor, labels: Tensor, what: str) -> dict[str, list[float]]:
@@ -142,28 +126,24 @@ def measure(model: ViT, images: Tensor, labels: Tensor, what: str) -> dict[str, 
     model = model.eval().double()
     tokens = model.forward_features(images.double(), list(range(len(model.blocks) + 1)))
     result = gradient_norms(model, tokens, labels) | {"APJN": apjn(tokens)}
-    per_tokens, per_block = [token_statistics(x) for x in tokens], []
-    pairs = list(zip(model.blocks, tokens))
-    for block, x in tqdm(pairs, what, unit=" blocks", disable=None, leave=False):
-        x = x.detach()
-        per_block.append(attention_statistics(block, x) | conditioning(block, x[0]))
-    for rows in (per_tokens, per_block):
+    bar = tqdm(list(zip(model.blocks, tokens)), what, unit=" blocks", disable=None, leave=False)
+    by_block = [attention_statistics(b, x) | jacobians.conditioning(b, x[0]) for b, x in bar]
+    for rows in ([token_statistics(x) for x in tokens], by_block):
         result |= {key: [row[key] for row in rows] for key in rows[0]}
     return result
 
 
 def medians(runs: list[dict[str, list[float]]]) -> dict[str, list[float]]:
-    return {
-        key: [statistics.median(values) for values in zip(*(run[key] for run in runs))]
-        for key in runs[0]
-    }
+    """Over the runs that have a column; the first has all."""
+    columns = {key: [run[key] for run in runs if key in run] for key in runs[0]}
+    return {key: [statistics.median(x) for x in zip(*lists)] for key, lists in columns.items()}
 
 
 # --------------------------------------------------------------------------------------------------
 # What a person sees
 # --------------------------------------------------------------------------------------------------
 
-GRADIENTS = ["g(tokens)", *(f"g({name})" for name in MATRICES), "APJN"]
+GRADIENTS = "g(tokens) g(W_Q) g(W_K) g(W_V) g(W_O) g(fc1) g(fc2) APJN k(J)".split()
 STATE = ["1-corr", "eff.rank", "own", *CONDITIONS, "k(Z)", "k(X+Z)"]
 THEORY = ["APJN pair", "APJN scalar"]
 WITH_THEORY = ["residual", "skipless-default"]  # the theory is of the default init
@@ -175,14 +155,13 @@ PANELS = {  # title -> columns; the first is drawn solid, the second dashed, the
     "gradient by fc1, fc2": ["g(fc1)", "g(fc2)"],
     "APJN": ["APJN", *THEORY],
     "1 - token correlation": ["1-corr"],
-    "effective rank of the tokens": ["eff.rank"],
+    "kappa of the Jacobian to the output": ["k(J)", "k(J) half"],
     "own-token share of the attention": ["own"],
     "kappa of the attention's K, K + I": ["k(K)", "k(K+I)"],
 }
-LINEAR = {"eff.rank", "own"}
 STYLES = {
     "-": "W_Q, W_V, fc1, K; all that is measured alone",
-    "--": "W_K, W_O, fc2, K + I; theory of the APJN",
+    "--": "W_K, W_O, fc2, K + I; kappa to the median; theory of the APJN",
     ":": "its scalar form",
 }
 LOWEST, HIGHEST = 1e-8, 1e8  # ends of log axes: float32, in which networks train, has 7 digits
@@ -210,8 +189,13 @@ APJN: APJN
     1 minus the mean cosine of two tokens of an image. At 1 they are unrelated; at 0 all the same
     (rank collapse, or oversmoothing), and no later block can tell them apart.
 
-effective rank of the tokens: eff.rank
-    In how many directions an image's tokens differ: 1 when all are the same, at most their number.
+kappa of the Jacobian to the output: k(J), k(J) half
+    Condition number of J, the Jacobian from after block l to the output: its largest over its
+    smallest stretch of a small change of the tokens; of the first image and seed. Left out are the
+    two directions a token, its mean and length, that a LayerNorm drops. Rising to the left, it gets
+    worse with every block that gradients pass. Dashed, not in the table, the largest over the
+    median: near 1 half of all directions pass alike, however bad the worst. Past 1e15 it is
+    rounding. Absent above n d = 1200.
 
 own-token share of the attention: own
     How much of its attention a token keeps for itself: 1/n is a plain average over all n tokens,
@@ -223,6 +207,10 @@ kappa of the attention's K, K + I: k(K), k(K+I)
     change of the input. A skipless network multiplies bare factors K (solid), a residual one K + I
     (dashed). Past 1e15 it is rounding. Above n d = 1200 lower bounds, printed with >=.
 
+only in the table: eff.rank
+    Effective rank of an image's tokens, in how many directions they differ: 1 when all are the
+    same, at most their number.
+
 only in the table: k(MLP), k(MLP+I)
     The same for the MLP.
 
@@ -232,25 +220,25 @@ only in the table: k(Z), k(X+Z)
 """
 
 
-def shown(value: float | None, at_least: bool = False) -> str:
+def shown(value: float, at_least: bool = False) -> str:
     """A number that is not negative, to three digits, in at most eight characters."""
-    if value is None:
-        return ""
     plain = 1e-3 <= value < 99950 or value == 0
     return ">=" * at_least + (f"{float(f'{value:.3g}'):g}" if plain else f"{value:.0e}")
 
 
 def at(result: dict, column: str, block: int) -> str:
-    """A column's number at a block as shown; empty where the embedding, block 0, has none."""
-    values = result["medians"][column]
+    """A column's number at a block as shown; empty where there is none, as at the embedding, 0."""
+    values = result["medians"].get(column, [])
     index = block - (result["depth"] + 1 - len(values))
-    value = values[index] if index >= 0 else None
+    if index < 0:
+        return ""
     bound = column in CONDITIONS and not result["exact"]
-    return shown(value, value is not None and (bound or value == LARGEST))
+    return shown(values[index], bound or values[index] == LARGEST)
 
 
 def print_table(title: str, columns: list[str], results: dict[str, dict]) -> None:
-    """At five places of each network, in at most 100 columns."""
+    """At five places of each network, in at most 100 columns; without what no network has."""
+    columns = [c for c in columns if any(c in result["medians"] for result in results.values())]
     print(f"\n{title}\n{'block':>6}" + "".join(f"{column:>10}" for column in columns))
     for name, result in results.items():
         print(name)
@@ -279,58 +267,46 @@ def conclusion(name: str, result: dict) -> str:
     )
 
 
-def looks_of(results: dict[str, dict]) -> tuple[dict[str, dict], list]:
-    """How each network is drawn, and the legend: colour says which, paleness how deep or when."""
+def looks_of(results: dict[str, dict]) -> dict[str, dict]:
+    """How each network is drawn: colour says which, paleness how deep or when."""
     groups = list(dict.fromkeys(result["group"] for result in results.values()))
     shades = list(dict.fromkeys(result["shade"] for result in results.values()))
-    colours = {}
+    looks, colours = {}, {}
     for group in groups:  # of several trained networks of one arm the first has the arm's colour
-        free = [c for c in pictures.OTHER_COLOURS if c not in colours.values()]
-        colour = pictures.colour_of(group, groups)
-        colours[group] = free[0] if free and colour in colours.values() else colour
-    strength = {shade: (i + 1) / len(shades) for i, shade in enumerate(shades)}
-    widths = {g: max(2.8 - 0.5 * i, 0.8) for i, g in enumerate(groups)}  # seen where they coincide
-    looks = {
-        name: dict(
-            color=colours[result["group"]],
-            alpha=strength[result["shade"]],
-            lw=widths[result["group"]],
-        )
-        for name, result in results.items()
-    }
-    handles = [plt.Line2D([], [], color=colours[g], lw=widths[g], label=g) for g in groups]
-    if len(shades) > 1:
-        handles += [plt.Line2D([], [], color="k", alpha=strength[s], label=s) for s in shades]
-    return looks, handles
+        choice = [pictures.colour_of(group, groups), *pictures.OTHER_COLOURS]
+        colours[group] = next((c for c in choice if c not in colours.values()), choice[0])
+    for name, result in results.items():
+        alpha = (shades.index(result["shade"]) + 1) / len(shades)
+        width = max(2.8 - 0.5 * groups.index(result["group"]), 0.8)  # seen where they coincide
+        looks[name] = dict(color=colours[result["group"]], alpha=alpha, lw=width)
+    return looks
 
 
 def draw(results: dict[str, dict], path: Path, title: str) -> None:
     """One panel a quantity against the block number; the gradients come first."""
     figure, axes = plt.subplots(3, 3, figsize=(11, 8.6), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.08)
-    looks, handles = looks_of(results)
+    looks = looks_of(results)
     for ax, (name, columns) in zip(axes.flat, PANELS.items()):
-        linear = columns[0] in LINEAR
-        low, high = (-math.inf, math.inf) if linear else (LOWEST, HIGHEST)
+        scale, low, high = ("linear", 0, 1) if columns == ["own"] else ("log", LOWEST, HIGHEST)
         for network, result in results.items():
             for column, style in zip(columns, STYLES):
                 if column not in result["medians"]:
                     continue
-                runs = torch.tensor([run[column] for run in result["runs"]]).clamp(low, high)
-                blocks = range(result["depth"] + 1 - runs.shape[1], result["depth"] + 1)
                 values = torch.tensor(result["medians"][column]).clamp(low, high)
-                ax.plot(blocks, values, style, **looks[network])
+                blocks = range(result["depth"] + 1 - len(values), result["depth"] + 1)
+                ax.plot(blocks, values, style, label=network, **looks[network])
                 if style == "-":
-                    colour, least, most = looks[network]["color"], runs.amin(0), runs.amax(0)
+                    runs = [run[column] for run in result["runs"] if column in run]
+                    least, most = torch.tensor(runs).clamp(low, high).aminmax(dim=0)
+                    colour = looks[network]["color"]
                     ax.fill_between(blocks, least, most, color=colour, alpha=0.12, lw=0)
-        ax.set_yscale("linear" if linear else "log")
+        ax.set_yscale(scale)
         pictures.tidy(ax, name)
     for ax in axes[-1]:
         ax.set_xlabel("block (0: the embedding)", fontsize=9)
-    columns = max(1, 130 // (max(len(handle.get_label()) for handle in handles) + 8))
-    figure.legend(
-        handles=handles, title=title, loc="outside upper center", ncols=columns, frameon=False
-    )
+    where = dict(loc="outside upper center", ncols=max(1, 130 // (max(map(len, results)) + 8)))
+    figure.legend(handles=axes[0, 0].get_lines(), title=title, frameon=False, **where)
     styles = [plt.Line2D([], [], color="k", ls=s, lw=1.2, label=text) for s, text in STYLES.items()]
     figure.legend(handles=styles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     pictures.save_figure(figure, path)
@@ -350,14 +326,7 @@ FRESH = dict(  # settings of fresh networks; a checkpoint brings its own
     pool="mean",  # for all alike, so that their gradients compare; theory knows no class token
     seeds=5,
 )
-OTHERS = dict(
-    data=None,
-    images=4,
-    checkpoint=None,
-    before=False,
-    device="auto",
-    out=Path("runs/probe"),
-)
+OTHERS = dict(data=None, images=4, checkpoint=None, before=False, device="auto", out="runs/probe")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -379,24 +348,19 @@ def parse_arguments() -> argparse.Namespace:
     add("--model", "width and heads", choices=list(PRESETS))
     add("--image-size", "side of the images, pixels", type=cli.count)
     add("--patch-size", "side of a patch, pixels", type=cli.count)
-    add(
-        "--pos-embed-std",
-        "std of the position embedding; larger keeps tokens apart longer [what the init counts on]",
-        type=cli.not_negative,
-    )
+    std = "std of the position embedding; larger keeps tokens apart longer "
+    add("--pos-embed-std", std + "[what the init counts on]", type=cli.not_negative)
     add("--pool", "class token, or mean over patch tokens", choices=["cls", "mean"])
     add("--data", "folder with val/<class>/*: real images; left out: synthetic ones")
-    add("--images", "how many; numbers are means over them, kappa of K the first's", type=cli.count)
+    add("--images", "how many; numbers are means over them, of K and J the first's", type=cli.count)
     add("--checkpoint", "trained networks instead of --variants", nargs="+", metavar="CKPT")
     add("--before", "each checkpoint also as it was before training", action="store_true")
     add("--seeds", "fresh weights a variant; medians are shown", type=cli.count)
     add("--device", "auto, cpu, cuda or cuda:N")
-    add("--out", "folder of probe.png and probe.json", type=Path)
-    add("--explain", "print what each column and panel means, and stop", action="store_true")
+    add("--out", "folder of probe.png and probe.json")
+    explain = "print what each column and panel means, and stop"
+    add("--explain", explain, action="version", version=EXPLANATIONS)
     given = vars(p.parse_args())
-    if given.pop("explain", False):
-        print(EXPLANATIONS.strip())
-        raise SystemExit
     if "checkpoint" in given and (useless := [name for name in FRESH if name in given]):
         flag = "--" + useless[0].replace("_", "-")
         cli.fail(f"{flag} is about fresh networks; leave it out with --checkpoint")
@@ -405,35 +369,38 @@ def parse_arguments() -> argparse.Namespace:
     return argparse.Namespace(**FRESH | OTHERS | given)
 
 
-def fresh_networks(args: argparse.Namespace) -> list[tuple[str, str, Callable[[], ViT]]]:
-    """(arm, depth, function that builds it) of each network asked for."""
-    shape = dict(image_size=args.image_size, patch_size=args.patch_size, num_classes=10)
-    shape |= dict(PRESETS[args.model], pool=args.pool)
+def one_a_seed(arm: str, seeds: int, **shape) -> Iterator[ViT]:
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        yield networks.fresh_arm(arm, **shape)
+
+
+def fresh_networks(args: argparse.Namespace) -> list[tuple[str, str, Iterable[ViT]]]:
+    """(arm, depth, a network a seed) of each network asked for; built one by one, when measured."""
+    shape = dict(PRESETS[args.model], num_classes=10, pool=args.pool)
+    shape |= dict(image_size=args.image_size, patch_size=args.patch_size)
     if args.pos_embed_std is not None:
         shape |= dict(pos_embed_std=args.pos_embed_std)
-    found = []
-    for arm in args.variants:
-        for depth in args.depths:
-            build = functools.partial(networks.fresh_arm, arm, **shape | dict(depth=depth))
-            found.append((arm, f"{depth} blocks", build))
-    return found
+    return [
+        (arm, f"{depth} blocks", one_a_seed(arm, args.seeds, **shape | dict(depth=depth)))
+        for arm in args.variants
+        for depth in args.depths
+    ]
 
 
-def trained_networks(args: argparse.Namespace) -> list[tuple[str, str, Callable[[], ViT]]]:
-    """(run, "before training" or "trained", function that returns it) of each checkpoint."""
+def trained_networks(args: argparse.Namespace) -> list[tuple[str, str, Iterable[ViT]]]:
+    """(run, "before training" or "trained", the one network) of each checkpoint."""
     found, sizes = [], set()
     for path in args.checkpoint:
         checkpoint = files.load_checkpoint(path)
         sizes.add(checkpoint["model_config"]["image_size"])
         name = Path(path).resolve().parent.name
         name = path if name in [run for run, _, _ in found] else name
-        models = {"before training": networks.untrained_vit(checkpoint)} if args.before else {}
-        models["trained"] = networks.trained_vit(checkpoint)
-        found += [(name, when, lambda model=model: model) for when, model in models.items()]
+        if args.before:
+            found.append((name, "before training", [networks.untrained_vit(checkpoint)]))
+        found.append((name, "trained", [networks.trained_vit(checkpoint)]))
     if len(sizes) > 1:
-        cli.fail(
-            f"--checkpoint: trained at different image sizes {sorted(sizes)}; probe them apart"
-        )
+        cli.fail(f"--checkpoint: of different image sizes {sorted(sizes)}; probe them apart")
     args.image_size, args.seeds = sizes.pop(), 1
     return found
 
@@ -451,40 +418,44 @@ def load_images(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     return normalise(images), labels
 
 
-def probe(build: Callable, seeds: int, images: Tensor, labels: Tensor, theory: bool, what: str):
+def probe(models: Iterable[ViT], images: Tensor, labels: Tensor, theory: bool, what: str) -> dict:
     """A network's record: its numbers for each seed, their medians, and what they depend on."""
     runs = []
-    for seed in range(seeds):
-        torch.manual_seed(seed)
-        model = build().to(images.device)
+    for model in models:
+        model = model.to(images.device)
         n, d = model.pos_embed.shape[1:]
         if n < 2:
             cli.fail("an image is one token, with nothing to compare; make --patch-size smaller")
         # Any class does for a gradient. A backbone without a head puts out its pooled feature,
         # which stands in for the logits: a class for each of its numbers.
         classes = labels % (model.config["num_classes"] or model.config["dim"])
-        runs.append(measure(model, images, classes, f"{what}, seed {seed}"))
+        numbers = measure(model, images, classes, f"{what}, seed {len(runs)}")
         if theory:
-            runs[-1] |= dict(zip(THEORY, theory_of(model, model.embed(images.double()))))
+            numbers |= dict(zip(THEORY, theory_of(model, model.embed(images.double()))))
+        dense = n * d <= jacobians.DENSE_LIMIT
+        if dense and not runs:  # of one seed: it takes longer than all else together
+            numbers |= jacobians.progressive_conditioning(model, images[0].double())
+        runs.append(numbers)
     facts = dict(depth=len(model.blocks), residual=model.config["residual"], tokens=n)
-    return facts | dict(exact=n * d <= DENSE_LIMIT, medians=medians(runs), runs=runs)
+    return facts | dict(exact=dense, medians=medians(runs), runs=runs)
 
 
 def main() -> None:
     args = parse_arguments()
     device, _, _ = engine.start_processes(args.device)
-    files.make_folder(args.out)
-    started = time.time()
+    out, started = Path(args.out), time.time()
+    files.make_folder(out)
     found = trained_networks(args) if args.checkpoint else fresh_networks(args)
     images, labels = (x.to(device) for x in load_images(args))
     results, several = {}, len({shade for _, shade, _ in found}) > 1
-    for group, shade, build in found:
+    torch.manual_seed(0)  # trained networks: the signs that `apjn` draws
+    for group, shade, models in found:
         name = f"{group}, {shade}" if several else group
         theory = group in WITH_THEORY and not args.checkpoint and args.pool == "mean"
         results[name] = dict(group=group, shade=shade)
-        results[name] |= probe(build, args.seeds, images, labels, theory, name)
+        results[name] |= probe(models, images, labels, theory, name)
 
-    print_table("norms of the loss's gradient, and APJN", GRADIENTS, results)
+    print_table("norms of the loss's gradient, APJN and kappa of J", GRADIENTS, results)
     print_table("tokens, attention and condition numbers", STATE, results)
     print()
     for name, result in results.items():
@@ -496,11 +467,11 @@ def main() -> None:
     title = f"{what}: {tokens} tokens, {len(images)} images of {args.data or 'Shapes'}"
     title += f", median of {args.seeds} seeds" * (args.seeds > 1)
     title += f"; log axes end at {LOWEST:g} and {HIGHEST:g}"
-    draw(results, args.out / "probe.png", title)
+    draw(results, out / "probe.png", title)
     record = dict(torch=torch.__version__, arguments={k: str(v) for k, v in vars(args).items()})
     text = json.dumps(record | dict(networks=results))
-    files.write_atomically(args.out / "probe.json", lambda path: path.write_text(text))
-    print(f"\n{args.out}/probe.png, {args.out}/probe.json  ({time.time() - started:.0f} s)")
+    files.write_atomically(out / "probe.json", lambda path: path.write_text(text))
+    print(f"\n{out}/probe.png, {out}/probe.json  ({time.time() - started:.0f} s)")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The Jacobian K of a sub-block, attention or MLP, and its condition number kappa.
+"""The Jacobian K of a sub-block, attention or MLP, that of many blocks, J, and their kappas.
 
 A skipless network multiplies factors K, a residual one K + I. K is taken at the sub-block's
 LayerNorm's output: at its input it has two exact zero singular values a token, and kappa is
 infinite.
 
-Small ones (n d <= DENSE_LIMIT, n tokens of width d) are formed whole and kappa is exact; of larger
-ones products with vectors give a lower bound.
+Small ones (n d <= DENSE_LIMIT, n tokens of width d) are formed whole and kappa, the condition
+number, is exact; of larger K products with vectors give a lower bound.
 """
 
 import math
@@ -14,9 +14,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
-from minskip import MLP, Attention, Block
+from minskip import MLP, Attention, Block, ViT
 
 DENSE_LIMIT = 1200  # K of that many rows: 11 MB and a tenth of a second
 MLP_TOKENS = 8  # about as many tokens' MLP Jacobians are decomposed where K is not formed whole
@@ -59,6 +59,28 @@ def mlp_jacobians(mlp: MLP, y: Tensor) -> Tensor:
     return einsum(mlp.fc2.weight, slope, mlp.fc1.weight, "i h, t h, h j -> t i j")
 
 
+@torch.no_grad()
+def block_jacobian(block: Block, x: Tensor) -> Tensor:
+    """d block(x) / d x, (n d, n d), rows the outputs; x is (token, dim).
+
+    (M N_2 + r I) (K N_1 + r I), N the LayerNorms' Jacobians, r = 1 with skips and 0 without.
+    """
+    n, d = x.shape
+    r = float(block.residual)
+
+    def norm_jacobians(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+        return torch.func.vmap(torch.func.jacrev(norm))(x)
+
+    y = block.norm1(x)
+    h = r * x + block.attention(y[None])[0]
+    K = rearrange(attention_jacobian(block.attention, y), "(a i) (b j) -> a i b j", a=n, b=n)
+    A = einsum(K, norm_jacobians(block.norm1, x), "a i b j, b j k -> a i b k")
+    A += r * torch.eye(n * d).to(x).view_as(A)
+    M = mlp_jacobians(block.mlp, block.norm2(h)) @ norm_jacobians(block.norm2, h)
+    M += r * torch.eye(d).to(x)
+    return rearrange(einsum(M, A, "a l i, a i b k -> a l b k"), "a l b k -> (a l) (b k)")
+
+
 def attention_maps(attention: Attention, y: Tensor, skip: float) -> tuple[Callable, Callable]:
     """v -> (K + skip I) v and u -> (K + skip I)^T u on flat vectors, without forming K."""
 
@@ -99,22 +121,19 @@ def golub_kahan(
     some ten iterations; the smallest only an *upper* bound of sigma_min.
     """
     right, left = [start / start.norm()], []
-    alphas, betas = [], []
-    for _ in range(iterations):
+    B = start.new_zeros(iterations, iterations + 1)  # bidiagonal; its square part counts
+    for i in range(iterations):
         u = orthogonalised(forward(right[-1]), left)
-        alphas.append(u.norm())
-        if alphas[-1] == 0:
+        B[i, i] = u.norm()
+        if B[i, i] == 0:
             break
-        left.append(u / alphas[-1])
+        left.append(u / B[i, i])
         v = orthogonalised(adjoint(left[-1]), right)
-        betas.append(v.norm())
-        if betas[-1] <= 1e-12 * alphas[0]:
+        B[i, i + 1] = v.norm()
+        if B[i, i + 1] <= 1e-12 * B[0, 0]:
             break
-        right.append(v / betas[-1])
-    B = torch.diag(torch.stack(alphas))
-    if len(alphas) > 1:
-        B += torch.diag(torch.stack(betas[: len(alphas) - 1]), 1)
-    return torch.linalg.svdvals(B)
+        right.append(v / B[i, i + 1])
+    return torch.linalg.svdvals(B[: i + 1, : i + 1])
 
 
 @torch.no_grad()
@@ -163,3 +182,24 @@ def conditioning(block: Block, x: Tensor) -> dict[str, float]:
     for J in (K, K + torch.eye(K.shape[-1]).to(K)):
         kappas.append(condition_number(torch.linalg.svdvals(J)))  # over all tokens
     return dict(zip(CONDITIONS, kappas))
+
+
+@torch.no_grad()
+def progressive_conditioning(model: ViT, image: Tensor) -> dict[str, list[float]]:
+    """kappa of J = d h^L / d h^l for l = 0 .. L, one image's, (channel, height, width).
+
+    A LayerNorm drops two directions a token, its mean and its length, so that J without skips has
+    as many zeros among its singular values and kappa is infinite. Hence, for all networks alike:
+    k(J) is the largest over the n (d - 2)-th, k(J) half the largest over the median.
+    """
+    inputs = model.forward_features(image[None], list(range(len(model.blocks))))
+    n, d = inputs[0].shape[1:]
+    J = torch.eye(n * d).to(inputs[0])
+    kappas = {"k(J)": [1.0], "k(J) half": [1.0]}
+    for block, x in reversed(list(zip(model.blocks, inputs))):
+        if kappas["k(J) half"][0] < LARGEST:  # else it stays: rank once lost does not come back
+            J = J @ block_jacobian(block, x[0])
+            singular = torch.linalg.svdvals(J)
+        kappas["k(J)"].insert(0, condition_number(singular[: n * (d - 2)]))
+        kappas["k(J) half"].insert(0, condition_number(singular[: n * d // 2]))
+    return kappas
