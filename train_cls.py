@@ -50,7 +50,7 @@ DEMO = dict(  # ten synthetic classes, two CPU cores
     c=3.0,
     opt="soap",
     lr=dict(soap=5e-3, adamw=2e-3),
-    epochs=4,
+    epochs=3,
     warmup_epochs=0.5,
     batch_size=64,
     grad_accum=1,

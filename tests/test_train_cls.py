@@ -249,7 +249,7 @@ def test_folders_are_named_after_the_settings(finished, image_root):
 @pytest.mark.parametrize(
     "words, expected",
     [
-        ("", dict(init="default", lr=5e-3, depth=12, pool="cls", epochs=4, alpha=2.0)),
+        ("", dict(init="default", lr=5e-3, depth=12, pool="cls", epochs=3, alpha=2.0)),
         ("--skipless", dict(init="identity", lr=5e-3, drop_path=0.0, pool="mean")),
         ("--skipless --init paper", dict(lr=1e-3, pool="cls", beta=0.6, c=3.0)),
         ("--skipless --init default --opt adamw", dict(lr=2e-4, pos_embed_std=0.5)),
@@ -271,7 +271,7 @@ def test_help_names_every_default(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         train_cls.parse_arguments()
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("[4, --data 300]", "[64, --data 1024]", "[0.5, --data 0.02]"):
+    for words in ("[3, --data 300]", "[64, --data 1024]", "[0.5, --data 0.02]"):
         assert words in text
     shown = {line.split()[0] for line in re.findall(r"(--[\w-]+) ", text)}
     assert {f"--{name.replace('_', '-')}" for name in train_cls.DEMO} <= shown
