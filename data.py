@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
-from tqdm import tqdm
 
 from cli import BadInput, fail
+from engine import progress
 
 # What a seed is for comes first among the numbers it is made of, so that no two uses coincide.
 ORDER, IMAGES, STEP = 1, 2, 3
@@ -79,7 +79,7 @@ def check_images(paths: list[str], decode_up_to: int = 20_000) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         found = pool.map(problem, paths)
-        for message in tqdm(found, "checking images", len(paths), disable=None, leave=False):
+        for message in progress(found, "checking images", total=len(paths)):
             if message:
                 pool.shutdown(cancel_futures=True)
                 fail(message)

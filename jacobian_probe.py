@@ -33,7 +33,6 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 import cli
 import engine
@@ -126,7 +125,7 @@ def measure(model: ViT, images: Tensor, labels: Tensor, what: str) -> dict[str, 
     model = model.eval().double()
     tokens = model.forward_features(images.double(), list(range(len(model.blocks) + 1)))
     result = gradient_norms(model, tokens, labels) | {"APJN": apjn(tokens)}
-    bar = tqdm(list(zip(model.blocks, tokens)), what, unit=" blocks", disable=None, leave=False)
+    bar = engine.progress(list(zip(model.blocks, tokens)), what, unit=" blocks")
     by_block = [attention_statistics(b, x) | jacobians.conditioning(b, x[0]) for b, x in bar]
     for rows in ([token_statistics(x) for x in tokens], by_block):
         result |= {key: [row[key] for row in rows] for key in rows[0]}

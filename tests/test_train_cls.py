@@ -309,7 +309,7 @@ def start(args, cwd, **more) -> subprocess.Popen:
 def test_an_interrupted_run_resumes_exactly(image_root, tmp_path, monkeypatch, capsys):
     """Stopped in mid-epoch, then by Ctrl-C, with other numbers of workers: the same to the bit."""
     args = ["--data", image_root, "--drop-path", "0.2", "--ema", "0.9", *SMALL, "--epochs", "6"]
-    args += ["--batch-size", "4"]
+    args += ["--batch-size", "4", "--init", "identity"]  # whose pairs are held, resumed or not
     run_main(train_cls.main, [*args, "--out", "runs/a"], tmp_path, monkeypatch)
 
     lr_at = engine.lr_at
