@@ -9,10 +9,10 @@
 DATA holds train/<class>/* and val/<class>/*. Words behind `--` go to the trainer.
 
 Every arm is tuned alike: trained on four fifths of the training images and measured on the rest, at
-learning rates a factor of three apart, until the best has a worse one on either side (of equal ones
-the lower validation loss, then the lower rate is better). Then it is trained on all training images
-at that rate, once a seed, and measured on val after the last epoch. With --camvid a linear probe
-follows on the last block and on four (`eval_dense.py segment`).
+learning rates a factor of three apart, until the best has a worse one on either side or three are
+equal (of equal ones the lower validation loss, then the lower rate is better). Then it is trained
+on all training images at that rate, once a seed, and measured on val after the last epoch. With
+--camvid a linear probe follows on the last block and on four (`eval_dense.py segment`).
 
 Each run is a process on one thread. They go in rounds: tuning runs, as long as an arm has a rate to
 try; then the seeds; then the probes. Ctrl-C saves and ends them; the same command continues, and
@@ -80,18 +80,22 @@ def tuning_logs(args: argparse.Namespace, cell: str) -> dict[float, list[dict]]:
     return {parts(folder)[3]: log for folder, log in logs.items() if log is not None}
 
 
-def best_rate(logs: dict[float, list[dict]], metric: str) -> float:
-    def worth(rate: float) -> tuple:
-        last = logs[rate][-1] if logs[rate] else {metric: -math.inf}  # diverged
-        return last[metric], -last.get("val_loss", 0), -rate
+def worth(log: list[dict], metric: str) -> tuple[float, float]:
+    last = log[-1] if log else {metric: -math.inf}  # diverged
+    return last[metric], -last.get("val_loss", 0)
 
-    return max(logs, key=worth)
+
+def best_rate(logs: dict[float, list[dict]], metric: str) -> float:
+    return max(logs, key=lambda rate: (worth(logs[rate], metric), -rate))
 
 
 def next_rates(logs: dict[float, list[dict]], metric: str, first: list[float]) -> list[float]:
     """The rates to try next: those to begin with, then one beyond the end where the best is."""
     if missing := [rate for rate in first if rate not in logs]:
         return missing
+    found = {worth(log, metric) for log in logs.values()}
+    if len(logs) > 2 and len(found) == 1 and any(logs.values()):
+        return []  # three rates, one result: it does not depend on the rate
     best = best_rate(logs, metric)
     below = [rate for rate in LADDER if rate < best == min(logs)]
     above = [rate for rate in LADDER if rate > best == max(logs)]

@@ -185,6 +185,16 @@ def test_of_equal_rates_the_lower_loss_then_the_lower_rate_is_best():
     assert sweep.best_rate({3e-3: knn, 1e-3: knn}, "knn") == 1e-3
 
 
+def test_three_equal_rates_end_the_tuning():
+    """Else it would walk the whole ladder; where all diverge a lower one may still help."""
+
+    def then(*rates: float, log=(dict(knn=20.0),)) -> list[float]:
+        return sweep.next_rates({rate: log for rate in rates}, "knn", [1e-3])
+
+    assert then(1e-3, 3e-3) == [3e-4] and then(3e-4, 1e-3, 3e-3) == []
+    assert then(3e-4, 1e-3, 3e-3, log=[]) == [1e-4]
+
+
 def test_the_held_back_part_is_every_fifth_training_image_by_links(stubbed, image_root):
     stubbed.run("--arms", "residual", "--classes", "2")
 
