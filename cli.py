@@ -16,6 +16,7 @@ import torch
 
 import identity_init
 from minskip import PRESETS
+from variants import CHOICES, GRID_ATTENTIONS, STANDARD
 
 CORES = min(8, os.cpu_count() or 1)
 
@@ -154,6 +155,21 @@ def trainer_flags(description: str, demo: dict, folder: dict, skipless: dict):
         "[--init identity 0.5]",
         not_negative,
     )
+    add(
+        "--norm",
+        "what stands in the LayerNorms' place; none: only two are left",
+        choices=CHOICES["norm"],
+    )
+    add(
+        "--attention",
+        "how tokens mix; the others start near the identity, or keep tokens apart (variants.py)",
+        choices=CHOICES["attention"],
+    )
+    add(
+        "--activation",
+        "of the MLPs; tat: a leaky ReLU tailored to the depth",
+        choices=CHOICES["activation"],
+    )
     add("--opt", "optimizer; soap is the paper's, matters without skips", choices=["soap", "adamw"])
     add(
         "--lr",
@@ -225,7 +241,14 @@ def settle(
         for flag, layer in (("data", folder), ("skipless", skipless))
     )
     settings = layered(demo, folder, skipless, explicit)
+    varied = any(settings[name] != STANDARD[name] for name in CHOICES)
+    if varied and settings["skipless"]:  # what --init identity is not made for
+        settings |= dict(init="paper") | explicit
     settings["init"] = picked(settings["init"], settings["model"])
+    if settings["norm"] == "none":
+        settings |= dict(c=1.0) | explicit  # no norm cancels it: c = 3 makes tokens of 1e9
+    if settings["attention"] in GRID_ATTENTIONS:
+        settings |= dict(pool="mean") | explicit
     if settings["init"] == "identity":
         settings |= identity_init.COUNTS_ON | explicit
     settings["lr"] = picked(settings["lr"], settings["init"], settings["opt"])

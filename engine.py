@@ -137,7 +137,7 @@ def build_optimizer(
     """SOAP or AdamW. Biases, norms and embeddings, the second group, are not decayed."""
     decayed, plain = [], []
     for name, p in model.named_parameters():
-        (plain if p.ndim == 1 or name.endswith(("cls_token", "pos_embed")) else decayed).append(p)
+        (plain if p.ndim < 2 or name.endswith(("cls_token", "pos_embed")) else decayed).append(p)
     groups = [
         dict(params=decayed, weight_decay=weight_decay),
         dict(params=plain, weight_decay=0.0),

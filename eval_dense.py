@@ -48,7 +48,7 @@ from cli import fail
 from data import ORDER, mixed_seeds, normalise
 from engine import lr_at, progress, start_processes
 from minskip import PRESETS, ViT
-from networks import ARMS, fresh_arm, trained_vit, untrained_vit
+from networks import arm, fresh_arm, trained_vit, untrained_vit
 
 BATCH_SIZE = 32
 LEARNING_RATE = 3e-2  # of the probe: AdamW without decay; best of 3e-3, 1e-2, 3e-2 on a third split
@@ -274,10 +274,10 @@ def load_networks(args: argparse.Namespace) -> dict[str, ViT]:
         models[name] = trained_vit(checkpoint)
         if args.command != "picture":
             models[f"{name}, untrained"] = untrained_vit(checkpoint)
-    for arm in args.random_init:
+    for name in args.random_init:
         torch.manual_seed(args.seed)
         shape = dict(image_size=32, patch_size=8, num_classes=0) | PRESETS["nano"]
-        models[f"{arm}, random"] = fresh_arm(arm, **shape)
+        models[f"{name}, random"] = fresh_arm(name, **shape)
     return {k: model.eval().requires_grad_(False).to(args.device) for k, model in models.items()}
 
 
@@ -455,7 +455,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error = fail
         add = parser.add_argument
         add("checkpoints", nargs="*", metavar="CHECKPOINT", help="networks, as RUN/last.pt")
-        add("--random-init", action="append", default=[], choices=ARMS, help="a fresh nano network")
+        add("--random-init", action="append", default=[], type=arm, help="a fresh nano network")
         if name == "segment":
             blocks = "blocks whose tokens are concatenated; 0 is the embedding [the last]"
             add("--blocks", nargs="+", type=int, metavar="B", help=blocks)

@@ -342,7 +342,12 @@ def parse_arguments() -> argparse.Namespace:
         words = " ".join(map(str, default)) if isinstance(default, list) else default
         p.add_argument(flag, help=f"{help} [{words}]" if default else help, **kind)
 
-    add("--variants", "networks to compare", nargs="+", choices=networks.ARMS)
+    add(
+        "--variants",
+        "networks to compare; skipless-paper+e-spa and the like",
+        nargs="+",
+        type=networks.arm,
+    )
     add("--depths", "numbers of blocks to compare", nargs="+", type=cli.count)
     add("--model", "width and heads", choices=list(PRESETS))
     add("--image-size", "side of the images, pixels", type=cli.count)

@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
@@ -21,6 +20,13 @@ from minskip import MLP, Attention, Block, ViT
 DENSE_LIMIT = 1200  # K of that many rows: 11 MB and a tenth of a second
 MLP_TOKENS = 8  # about as many tokens' MLP Jacobians are decomposed where K is not formed whole
 LARGEST = 1e15  # a condition number above this is float64's rounding
+
+
+def explicit(attention: Attention, y: Tensor) -> Tensor:
+    """attention(y) for y of (token, dim), the matrix formed: the fused kernel has no second
+    derivative."""
+    mixed = attention.weights(y[None]) @ attention.queries_keys_values(y[None])[2]
+    return attention.W_O(rearrange(mixed, "1 head token dim -> token (head dim)"))
 
 
 @torch.no_grad()
@@ -32,7 +38,12 @@ def attention_jacobian(attention: Attention, y: Tensor) -> Tensor:
         value   d out_a / d y_b += P_ab W_V W_O
         query   d out_a / d y_a += sum_b P_ab (W_Q k_b) (Y_b - (P Y)_a)^T / sqrt(d_h)
         key     d out_a / d y_b += P_ab (W_K q_a) (Y_b - (P Y)_a)^T / sqrt(d_h)
+
+    Of the attentions in `variants.py`, which have no such form here, by automatic differentiation.
     """
+    if type(attention) is not Attention:
+        K = torch.func.jacrev(lambda y: explicit(attention, y))(y)
+        return rearrange(K, "a i b j -> (a i) (b j)")
     heads = dict(head=attention.num_heads)
     W_Q, W_K, W_V = (
         rearrange(W.weight, "(head dim) model -> head model dim", **heads)
@@ -55,7 +66,7 @@ def attention_jacobian(attention: Attention, y: Tensor) -> Tensor:
 def mlp_jacobians(mlp: MLP, y: Tensor) -> Tensor:
     """d mlp(y) / d y for each token, (token, d, d), rows the outputs: all of K that is not zero."""
     z = mlp.fc1(y)
-    slope = torch.func.grad(lambda z: F.gelu(z).sum())(z)
+    slope = torch.func.grad(lambda z: mlp.activation(z).sum())(z)
     return einsum(mlp.fc2.weight, slope, mlp.fc1.weight, "i h, t h, h j -> t i j")
 
 
@@ -83,13 +94,7 @@ def block_jacobian(block: Block, x: Tensor) -> Tensor:
 
 def attention_maps(attention: Attention, y: Tensor, skip: float) -> tuple[Callable, Callable]:
     """v -> (K + skip I) v and u -> (K + skip I)^T u on flat vectors, without forming K."""
-
-    def explicit(y: Tensor) -> Tensor:  # the fused kernel has no second derivative
-        v = attention.queries_keys_values(y[None])[2]
-        mixed = attention.weights(y[None]) @ v
-        return attention.W_O(rearrange(mixed, "1 head token dim -> token (head dim)"))
-
-    _, pull = torch.func.vjp(explicit, y)  # u -> K^T u, itself a linear map
+    _, pull = torch.func.vjp(lambda y: explicit(attention, y), y)  # u -> K^T u, itself a linear map
     _, push = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(y))  # its adjoint: v -> K v
     return (
         lambda v: push(v.view_as(y))[0].flatten() + skip * v,

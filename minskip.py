@@ -81,10 +81,12 @@ class Attention(nn.Module):
         logits, bias = q @ k.mT / math.sqrt(q.shape[-1]), self.logit_bias(q)
         return (logits if bias is None else logits + bias).softmax(dim=-1)
 
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """weights(x) @ v, without forming weights(x); (batch, head, token, d_h) all."""
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.logit_bias(q))
+
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.queries_keys_values(x)
-        # weights(x) @ v, without forming weights(x)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.logit_bias(q))
+        y = self.mix(*self.queries_keys_values(x))
         return self.W_O(rearrange(y, "batch head token dim -> batch token (head dim)"))
 
 
@@ -94,10 +96,11 @@ class MLP(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
+        self.activation = nn.GELU()
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -195,6 +198,8 @@ class ViT(nn.Module):
         self.patch_embed = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if pool == "cls" else None
         self.pos_embed = nn.Parameter(torch.zeros(1, n, dim))
+        self.grid = {}  # rows and columns of the images at hand; a variant's attention needs them
+        self.embed_norm = nn.Identity()  # one of `variants.py`
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, mlp_ratio, residual, rate, diagonal_bias, norm_affine)
             for rate in torch.linspace(0, drop_path, depth).tolist()
@@ -239,10 +244,11 @@ class ViT(nn.Module):
             )
         x = self.patch_embed(images)
         rows, columns = x.shape[-2:]
+        self.grid.update(rows=rows, columns=columns)
         x = rearrange(x, "batch dim row column -> batch (row column) dim")
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
-        return x + self.interpolate_pos_embed(rows, columns)
+        return self.embed_norm(x + self.interpolate_pos_embed(rows, columns))
 
     def forward_features(self, images: Tensor, blocks: list[int]) -> list[Tensor]:
         """Tokens right after the blocks asked for, (batch, token, dim) each, in the order asked.

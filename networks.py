@@ -1,6 +1,7 @@
 """The network that flags describe or a checkpoint holds, and the name it goes by.
 
-An arm is a network as it enters a comparison: `residual`, or `skipless-` and its init.
+An arm is a network as it enters a comparison: `residual`, or `skipless-` and its init; behind a +
+each the parts it has of `variants.py`, as in `skipless-paper+none+e-spa+tat`.
 """
 
 import argparse
@@ -10,15 +11,32 @@ import torch
 import identity_init
 from cli import fail
 from minskip import PRESETS, ViT, conditioned_init_
+from variants import CHOICES, GRID_ATTENTIONS, STANDARD, start_, vary_
 
 ARMS = ["residual", "skipless-default", "skipless-paper", "skipless-identity"]
 
 
-def arm_of(skipless: bool, init: str) -> str:
+def arm_of(args: argparse.Namespace) -> str:
     """An arm's name; a residual network with another init than the default is none of `ARMS`."""
-    if skipless:
-        return f"skipless-{init}"
-    return "residual" if init == "default" else f"residual-{init}"
+    arm = "residual" if args.init == "default" else f"residual-{args.init}"
+    parts = [vars(args)[name] for name in CHOICES if vars(args)[name] != STANDARD[name]]
+    return "+".join([f"skipless-{args.init}" if args.skipless else arm, *parts])
+
+
+def parts_of(arm: str) -> tuple[str, dict[str, str]]:
+    """An arm's name without the variants, and these: norm, attention and activation."""
+    arm, *words = arm.split("+")
+    return arm, {name: word for word in words for name in CHOICES if word in CHOICES[name]}
+
+
+def arm(text: str) -> str:
+    """The name of an arm as a flag."""
+    start, varied = parts_of(text)
+    if start not in ARMS or len(varied) < text.count("+"):
+        known = ", ".join(word for words in CHOICES.values() for word in words)
+        message = f"{text} is no arm: {', '.join(ARMS)}, then, behind a + each, of {known}"
+        raise argparse.ArgumentTypeError(message)
+    return text
 
 
 def initialise_(model: ViT, init: str, alpha: float, beta: float, c: float) -> ViT:
@@ -27,7 +45,13 @@ def initialise_(model: ViT, init: str, alpha: float, beta: float, c: float) -> V
         conditioned_init_(model, alpha, beta, c)
     elif init == "identity":
         identity_init.identity_init_(model)
-    return model
+    return start_(model)
+
+
+def vit_of(config: dict) -> ViT:
+    """The network of a checkpoint's model_config, its weights yet to come."""
+    varied = {name: part for name, part in config.items() if name in STANDARD}
+    return vary_(ViT(**{k: v for k, v in config.items() if k not in varied}), **varied)
 
 
 def build_vit(args: argparse.Namespace, num_classes: int, checkpoint: dict | None) -> ViT:
@@ -36,7 +60,7 @@ def build_vit(args: argparse.Namespace, num_classes: int, checkpoint: dict | Non
     With a checkpoint only its shape: the weights are to be loaded.
     """
     if checkpoint:
-        return ViT(**checkpoint["model_config"])
+        return vit_of(checkpoint["model_config"])
     try:
         model = ViT(
             args.image_size,
@@ -49,18 +73,26 @@ def build_vit(args: argparse.Namespace, num_classes: int, checkpoint: dict | Non
             drop_path=args.drop_path,
             **(identity_init.NEEDS if args.init == "identity" else {}),
         )
+        vary_(model, **{name: vars(args)[name] for name in CHOICES})
         return initialise_(model, args.init, args.alpha, args.beta, args.c)
     except ValueError as error:
         fail(str(error))
 
 
-def fresh_arm(arm: str, alpha: float = 2.0, beta: float = 0.6, c: float = 3.0, **shape) -> ViT:
-    """A fresh network of an arm. shape: `ViT`'s arguments; by default what the init counts on."""
+def fresh_arm(
+    arm: str, alpha: float = 2.0, beta: float = 0.6, c: float | None = None, **shape
+) -> ViT:
+    """A fresh network of an arm. shape: `ViT`'s arguments; by default what the init counts on.
+    c: of the paper's init [3; without norms 1]."""
+    arm, varied = parts_of(arm)
+    c = c or (1.0 if varied.get("norm") == "none" else 3.0)
+    if varied.get("attention") in GRID_ATTENTIONS:
+        shape = dict(pool="mean") | shape
     init = arm.removeprefix("skipless-") if arm != "residual" else "default"
     if init == "identity":
         shape = identity_init.COUNTS_ON | identity_init.NEEDS | shape
     try:
-        model = ViT(**shape, residual=arm == "residual")
+        model = vary_(ViT(**shape, residual=arm == "residual"), **varied)
         return initialise_(model, init, alpha, beta, c)
     except ValueError as error:
         fail(str(error))
@@ -68,7 +100,7 @@ def fresh_arm(arm: str, alpha: float = 2.0, beta: float = 0.6, c: float = 3.0, *
 
 def trained_vit(checkpoint: dict) -> ViT:
     """The network of a checkpoint, rebuilt from it alone; averaged weights where it has any."""
-    model = ViT(**checkpoint["model_config"])
+    model = vit_of(checkpoint["model_config"])
     weights = checkpoint["model"]
     if checkpoint.get("ema") is not None:
         weights = {k.removeprefix("module."): v for k, v in checkpoint["ema"].items()}
@@ -86,5 +118,5 @@ def untrained_vit(checkpoint: dict) -> ViT:
     args = argparse.Namespace(**checkpoint["args"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
-        model = ViT(**checkpoint["model_config"])
+        model = vit_of(checkpoint["model_config"])
         return initialise_(model, args.init, args.alpha, args.beta, args.c)

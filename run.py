@@ -57,7 +57,7 @@ class Run:
         self.kept = {name: x for name, x in kept.items() if x is not None}
         stored = {k: v for k, v in vars(args).items() if k not in ("resume", "eval")}
         self.facts = facts | dict(args=stored, images=batches.length, processes=batches.world)
-        self.arm = networks.arm_of(args.skipless, args.init)
+        self.arm = networks.arm_of(args)
         self.epoch = self.step = 0
         self.seconds, self.history, self.sums = 0.0, [], {}
         # Reading a number off the GPU waits for it, so there it is looked at now and then only.

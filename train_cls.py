@@ -48,6 +48,9 @@ DEMO = dict(  # ten synthetic classes, two CPU cores
     alpha=2.0,  # of --init paper: the paper's constants for ViT-B with labels
     beta=0.6,
     c=3.0,
+    norm="layernorm",
+    attention="softmax",
+    activation="gelu",
     opt="soap",
     lr=dict(soap=5e-3, adamw=2e-3),
     epochs=3,

@@ -55,6 +55,9 @@ DEMO = dict(  # ten synthetic classes, two CPU cores
     alpha=1.8,  # of --init paper: the paper's constants for ViT-S with DINO
     beta=1.0,
     c=3.0,
+    norm="layernorm",
+    attention="softmax",
+    activation="gelu",
     opt="soap",  # DINO has AdamW
     lr=dict(soap=3e-3, adamw=2e-3),
     epochs=6,

@@ -39,16 +39,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what this pro
 
 import cli
 import files
+import networks
 import pictures
 from data import image_folders
-from networks import ARMS
 
 ROOT = Path(cli.__file__).parent
 METRICS = {"train_cls.py": "top1", "train_ssl.py": "knn"}
 LADDER = [float(f"{digit}e-{power}") for power in range(6, 0, -1) for digit in (1, 3)]  # of rates
 TUNING_SEED = 0
 PROBES = ["last", "quarters"]  # blocks that the linear probe reads
-SET_HERE = "--data --out --resume --eval --lr --seed --epochs --depth --opt --skipless --init"
+SET_HERE = "--data --out --resume --eval --lr --seed --epochs --depth --opt --skipless --init "
+SET_HERE += "--norm --attention --activation"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -117,6 +118,9 @@ def training(args: argparse.Namespace, folder: Path) -> list:
     epochs = args.tune_epochs if part == "tune" else args.epochs
     words += ["--out", folder, "--epochs", epochs, "--lr", rate, "--seed", seed]
     words += ["--depth", depth, "--opt", opt, *args.flags]
+    arm, varied = networks.parts_of(arm)
+    for name, part in varied.items():
+        words += [f"--{name}", part]
     return words if arm == "residual" else [*words, "--skipless", "--init", arm.split("-")[1]]
 
 
@@ -365,7 +369,13 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     add("--camvid", type=Path, help="folder of images and masks, for eval_dense.py")
     add("--classes", type=cli.count, help="the first so many, in sorted order [all]")
     add("--work", type=Path, default=Path("runs/sweep"), help="where runs go [runs/sweep]")
-    add("--arms", nargs="+", choices=ARMS, default=ARMS, help="[all]")
+    add(
+        "--arms",
+        nargs="+",
+        type=networks.arm,
+        default=networks.ARMS,
+        help="[all]; residual+dyt and the like",
+    )
     add("--depths", nargs="+", type=cli.count, default=[12], help="numbers of blocks [12]")
     add("--opts", nargs="+", choices=["soap", "adamw"], default=["soap"], help="[soap]")
     add("--rates", nargs="+", type=rate, default=[1e-3, 3e-3], help="to begin with [1e-3 3e-3]")

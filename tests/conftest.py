@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh_process
 import pytest
 import torch
 from einops import rearrange
@@ -17,6 +18,7 @@ from cli import one_line_errors
 from shapes import draw_shapes
 
 ROOT = Path(__file__).parent.parent
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes started from here
 torch.set_num_threads(1)  # a second thread costs these small matrices more than it gives
 
 # A network of two narrow blocks on 16 x 16 pixels: an epoch takes a fraction of a second.
@@ -80,6 +82,8 @@ def script_environment() -> dict:
 def run_script(*args, cwd: Path, launcher=()) -> subprocess.CompletedProcess:
     """`python SCRIPT ARGS` in cwd; launcher puts words before the script's name."""
     script, *rest = map(str, args)
+    if not launcher:
+        return fresh_process.run([ROOT / script, *rest], cwd, script_environment())
     command = [sys.executable, *launcher, str(ROOT / script), *rest]
     return subprocess.run(
         command, cwd=cwd, env=script_environment(), capture_output=True, text=True, timeout=200

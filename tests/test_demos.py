@@ -12,7 +12,8 @@ from conftest import ROOT, assert_fails_in_one_line, run_here, run_main
 from PIL import Image
 from torch import nn
 
-from demos import convergence, gradient_flow
+import theory
+from demos import apjn, convergence, exercises, gradient_flow
 
 
 def test_gradients_by_layer_are_those_of_the_tutorials_listing():
@@ -185,3 +186,135 @@ def test_the_skip_helps_where_tokens_are_alike():
     without = convergence.descend(X, Y, weights, False, 1000)
     assert with_skip[-1] <= 1e-3 * with_skip[0]
     assert without[-1] > 1e-2 * without[0]
+
+
+# ---- APJN against depth --------------------------------------------------------------------------
+
+
+def test_apjn_s_networks_have_the_variances_it_says():
+    block = apjn.network(2, "dyt", 0.7).blocks[1]
+    attention, mlp = block.attention, block.mlp
+    variances = {
+        attention.W_V: 1 / 256,
+        attention.W_O: 1 / 256,
+        mlp.fc1: 2 / 256,
+        mlp.fc2: 1 / 1024,
+    }
+    for layer, variance in variances.items():
+        assert layer.weight.var().item() == pytest.approx(variance, rel=0.03)
+    assert attention.W_Q.weight.abs().max() == 0 and isinstance(mlp.activation, nn.ReLU)
+    assert block.norm1.a.item() == block.norm2.a.item() == pytest.approx(0.7)
+
+
+def test_apjn_measures_what_the_recursion_expects():
+    for norm, a, normaliser in apjn.KINDS.values():
+        torch.manual_seed(0)
+        [first, last] = apjn.measured(apjn.network(8, norm, a), [1, 8])
+        expected = apjn.expected(normaliser, [1, 8])
+        assert [first, last] == pytest.approx(expected, rel=0.15)
+    alone = theory.apjn_theory(3, 16, 1.0, 0.0, (1.0, 2.0, 1.0), activation=theory.relu)[0][0]
+    assert apjn.expected(theory.layer_norm, [3]) == [alone]
+
+
+def test_apjn_s_slopes():
+    depths = [1, 8, 16, 32]
+    power = [100, *(0.3 * L**0.8 for L in depths[1:])]  # below 8 blocks nothing counts
+    assert apjn.slope(power, depths, log=True) == pytest.approx(0.8)
+    stretched = [100, *(0.3 * math.exp(1.1 * math.sqrt(L)) for L in depths[1:])]
+    assert apjn.slope(stretched, depths, log=False) == pytest.approx(1.1)
+
+
+def test_apjn_prints_slopes_and_draws(tmp_path, monkeypatch, capsys):
+    run_main(apjn.main, ["--seeds", "1", "--depth", "16", "--out", "o"], tmp_path, monkeypatch)
+    _, *lines, last = capsys.readouterr().out.splitlines()
+    assert [line[:14].strip() for line in lines] == list(apjn.KINDS) and last == "o/apjn.png"
+    for line, (norm, a, normaliser) in zip(lines, apjn.KINDS.values()):
+        torch.manual_seed(0)
+        J = apjn.measured(apjn.network(16, norm, a), [1, 2, 4, 8, 16])
+        mean, low, _, high, recursion = line.replace("(", "").replace(")", "").split()[-5:]
+        both = [apjn.slope(j, [1, 2, 4, 8, 16], norm == "layernorm")
+                for j in (J, apjn.expected(normaliser, [1, 2, 4, 8, 16]))]  # fmt: skip
+        assert float(mean) == float(low) == float(high) == pytest.approx(both[0], abs=6e-4)
+        assert float(recursion) == pytest.approx(both[1], abs=6e-4)
+    done = run_here(apjn.main, ["--depth", "15"], tmp_path, monkeypatch, capsys)
+    assert_fails_in_one_line(done, "--depth 15: .* 16 blocks")
+
+
+# ---- exercises -----------------------------------------------------------------------------------
+
+
+FORMULAS = {  # of a layer, its input x and its branch f; with the gate at 0.3
+    exercises.Plain: lambda layer, x, f: f,
+    exercises.Skip: lambda layer, x, f: x + f,
+    exercises.Scaled: lambda layer, x, f: x + f / 10,
+    exercises.Gate: lambda layer, x, f: x + 0.3 * f,
+    exercises.Highway: lambda layer, x, f: x + torch.sigmoid(layer.transform(x)) * (f - x),
+    exercises.Product: lambda layer, x, f: x * f,
+    exercises.Projection: lambda layer, x, f: x @ layer.P.weight.T + f,
+    exercises.PostNorm: lambda layer, x, f: nn.functional.layer_norm(x + f, (64,)),
+}
+
+
+@pytest.mark.parametrize("kind", exercises.KINDS)
+def test_each_exercise_is_its_formula(kind):
+    torch.manual_seed(0)
+    layer, x = kind(), torch.randn(3, 64)
+    branch = torch.tanh(x @ layer.linear.weight.T + layer.linear.bias)
+    if kind is exercises.Dropout:
+        update = layer(x) - x
+        kept = update != 0
+        assert 0.3 < kept.float().mean() < 0.7
+        torch.testing.assert_close(update[kept], 2 * branch[kept])
+        return
+    if kind is exercises.Gate:
+        torch.testing.assert_close(layer(x), x)
+        nn.init.constant_(layer.g, 0.3)
+    if kind is exercises.Highway:
+        assert layer.transform.bias.tolist() == [-2.0] * 64
+    torch.testing.assert_close(layer(x), FORMULAS[kind](layer, x, branch))
+
+
+def test_through_measures_the_gradient_and_the_sizes():
+    layers = exercises.network(exercises.Skip, 4, seed=3)
+    torch.manual_seed(7)
+    gradient, sizes = exercises.through(layers)
+    torch.manual_seed(7)
+    x = h = torch.randn(1, 64, requires_grad=True)
+    signs = torch.randint(0, 2, (64,)) * 2.0 - 1
+    rms = []
+    for layer in layers:
+        h = h + torch.tanh(layer.linear(h))
+        rms.append(h.norm().item() / 8)
+    (h @ signs).backward()
+    assert gradient == pytest.approx(x.grad.norm().item()) and sizes == pytest.approx(rms)
+
+
+def test_the_greatest_depth_ends_before_the_first_failure(monkeypatch):
+    monkeypatch.setattr(exercises, "learns", lambda kind, depth, seed: depth not in (16, 32))
+    assert exercises.greatest_depth(exercises.Plain, 0) == 8
+    monkeypatch.setattr(exercises, "learns", lambda kind, depth, seed: True)
+    assert exercises.greatest_depth(exercises.Plain, 0) == 128
+
+
+def test_a_deep_plain_network_does_not_learn_where_one_with_skips_does():
+    assert exercises.learns(exercises.Plain, 8, 0) and not exercises.learns(exercises.Plain, 40, 0)
+    assert exercises.learns(exercises.Scaled, 40, 0)
+
+
+def test_the_exercises_tables(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(exercises, "greatest_depth", lambda kind, seed: 10 + seed)
+    run_main(exercises.main, ["--seeds", "3"], tmp_path, monkeypatch)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100
+    gradients, sizes, depths = (
+        [line.split() for line in part.splitlines()] for part in out.split("\n\n")
+    )
+    names = [kind.__name__ for kind in exercises.KINDS]
+    assert [row[0] for row in gradients[1:]] == names == [row[0] for row in sizes[2:]]
+    runs = [exercises.through(exercises.network(exercises.Scaled, 50, seed)) for seed in range(3)]
+    middle = statistics.median(gradient for gradient, _ in runs)
+    row = names.index("Scaled")
+    assert float(gradients[1 + row][1]) == pytest.approx(middle, rel=0.06)
+    last = statistics.median(rms[49] for _, rms in runs)
+    assert float(sizes[2 + row][-1]) == pytest.approx(last, rel=0.06)
+    assert [row[1:] for row in depths[1:]] == [["10", "11", "12"]] * 4

@@ -700,7 +700,7 @@ BAD_FLAGS = {
     "segment {a} --data nowhere": "nowhere: no folder nowhere/train/images",
     "segment nowhere.pt": "nowhere.pt: no such file",
     "segment {image}": "damaged or of another program",
-    "discover --random-init resnet": "invalid choice: 'resnet'.*skipless-paper",
+    "discover --random-init resnet": "resnet is no arm: .*skipless-paper",
     "segment {a} --data {root} --image-size 20 32": "--image-size 20 32: .* patch, 8",
     "segment {a} --data {root} --image-size 24 30": "--image-size 24 30: .* patch, 8",
     "segment {a} --image-size 0": "--image-size: must be at least 1",

@@ -608,7 +608,7 @@ def test_checkpoints_in_folders_of_one_name_keep_apart(tmp_path, monkeypatch, ti
 
 
 BAD_FLAGS = {
-    "--variants residual plain": "invalid choice: 'plain' .*skipless-default",
+    "--variants residual plain": "plain is no arm: .*skipless-default",
     "--image-size 30": "patch size must divide image size: image 30, patch 8",
     "--image-size 8": "an image is one token",
     "--checkpoint other.pt": "was not written by this version",

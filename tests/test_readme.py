@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 
+import fresh_process
 import numpy as np
 import pytest
 import torch
@@ -51,6 +52,8 @@ SHORT = {
     "nano --out {out}",
     "eval_dense.py": "--image-size 24 --out {out}",
     "gradient_flow.py": "--seeds 2 --out {out}",
+    "exercises.py": "--seeds 1",
+    "apjn.py": "--seeds 1 --depth 16 --out {out}",
     "convergence.py": "--seeds 1 --limit 50 --out {out}",
     "sweep.py": "--classes 2 --arms residual --depths 1 --opts adamw --rates 1e-3 --seeds 0 "
     "--epochs 1 --tune-epochs 1 --work {out}",
@@ -150,11 +153,12 @@ def things(image_root, tmp_path_factory):
 @pytest.mark.parametrize("command", DIFFERENT.values())
 def test_printed_commands_run_from_the_root(command, things, tmp_path):
     words = [word.format(**things, out=tmp_path / "out") for word in shortened(command)]
-    words[0] = sys.executable
     environment = {k: v for k, v in script_environment().items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
-    )
+    if words[1] == "-m":
+        pipes = dict(capture_output=True, text=True, timeout=200)
+        done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, env=environment, **pipes)
+    else:
+        done = fresh_process.run(words[1:], ROOT, environment)
     assert done.returncode == 0, f"{words}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
 
 

@@ -159,6 +159,18 @@ def test_rates_are_extended_until_the_best_has_a_worse_one_on_either_side(stubbe
     assert seeds(calls, "full") == ["0", "0", "1", "1"]
 
 
+def test_a_variant_is_trained_with_its_flags(stubbed):
+    stubbed.run("--arms", "residual+dyt", "skipless-paper+none+e-spa+tat", "--seeds", "0")
+    dyt, vanilla = (
+        next(c["words"] for c in stubbed.calls() if c["name"].startswith(f"full/{arm}"))
+        for arm in ("residual+dyt", "skipless-paper+none")
+    )
+    assert dyt[-2:] == ["--norm", "dyt"] and "--skipless" not in dyt
+    flags = "--norm none --attention e-spa --activation tat --skipless --init paper"
+    assert vanilla[-9:] == flags.split()
+    assert {row[0] for row in stubbed.table()} == {"residual+dyt", "skipless-paper+none+e-spa+tat"}
+
+
 def test_given_rates_are_all_tried_and_extended_too(stubbed):
     stubbed.run("--arms", "residual", "--rates", "2e-3", "5e-3", "2e-4")
     assert rates(stubbed.calls(), "tune", "residual") == [2e-4, 2e-3, 5e-3, 1e-2, 3e-2]
@@ -393,7 +405,7 @@ def test_dino_is_compared_by_knn_and_probed_at_the_last_block_and_at_quarters(st
         ("--data nowhere", "nowhere: no such folder"),
         ("--camvid nowhere", "--camvid nowhere: no folder train/images"),
         ("--classes 9", "--classes 9: --data .* has 5"),
-        ("--arms resnet", "--arms: invalid choice"),
+        ("--arms resnet", "--arms: resnet is no arm"),
         ("-- --lr 1", "--lr behind -- is for the sweep to set"),
         ("-- --init=paper", "--init=paper behind -- is for the sweep to set"),
     ],
