@@ -1,13 +1,14 @@
-"""How fast gradient descent is with a skip around attention and without it.
+"""How fast gradient descent is with a skip around attention, around attention and MLP, and without.
 
-    python demos/convergence.py                    about half a minute; writes convergence.png
+    python demos/convergence.py                    some minutes; writes convergence.png
 
-One attention layer and a ReLU MLP fit random targets by full-batch gradient descent, all weights
-trained. In the first setting tokens are alike and attention nearly uniform, which makes the
-attention's output Z nearly rank one: there the skip helps. In the second it does not.
+One to three layers, each of one head of attention and a ReLU MLP, fit random targets by full-batch
+gradient descent. Where tokens are alike and attention is nearly uniform, the attention's output Z
+is nearly of rank one: there the skip helps. Where they are not it may even cost.
 
 Source: "Convergence of Gradient Descent on Transformers with Residual Connections" (arXiv
-2506.05249), where the condition number kappa of Z sets the linear rate.
+2506.05249), abstract: the condition number kappa of Z sets the linear rate, in one layer and in
+several.
 """
 
 import argparse
@@ -21,13 +22,25 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cli
+import engine
 import files
 import pictures
+from jacobians import condition_number
 
 TOKENS, DIM, HIDDEN = 32, 64, 256
-SETTINGS = {  # title -> (correlation of two tokens, factor on W_Q and W_K)
-    "tokens alike (correlation 0.5), W_Q and W_K x 0.2": (0.5, 0.2),
-    "tokens independent, W_Q and W_K x 1": (0.0, 1.0),
+ALIKE, INDEPENDENT = dict(correlation=0.5, factor=0.2), dict(correlation=0.0, factor=1.0)
+SETTINGS = {  # correlation of two tokens, factor on W_Q and W_K, ...; see `draw_problem`
+    "tokens alike": ALIKE,
+    "tokens independent": INDEPENDENT,
+    "tokens independent, only the MLP trained": INDEPENDENT | dict(trained=("W_1", "W_2")),
+    "tokens alike, four targets": ALIKE | dict(targets=4),
+    "tokens alike, two layers": ALIKE | dict(layers=2),
+    "tokens alike, three layers": ALIKE | dict(layers=3),
+}
+SKIPS = {  # name -> (around attention, around the MLP too, the colour of)
+    "no skip": (False, False, "skipless-default"),
+    "around attention": (True, False, "skipless-identity"),
+    "around both": (True, True, "residual"),
 }
 
 
@@ -48,65 +61,100 @@ def linear_head_losses(Z: Tensor, Y: Tensor, eta: float, steps: int) -> Tensor:
     return ((1 - eta * S**2) ** (2 * t) * energy).sum(-1) + rest
 
 
-def descend(X: Tensor, Y: Tensor, weights: list[Tensor], skip: bool, limit: int) -> list[float]:
-    """Losses ||relu(Z W_1) W_2 - Y||^2 / 2 of gradient descent, down to 1e-3 of the first.
+def network(X: Tensor, layers: list[dict], skip: bool, mlp_skip: bool) -> tuple[Tensor, Tensor]:
+    """(Z of the last layer, (token, dim); the output, (token, target)).
 
-    The step is 1 / (largest eigenvalue of the tangent kernel at the start).
+    Each layer: Z = attention(X), with the skip + X;  relu(Z W_1) W_2, with the skip + Z. The last
+    one's MLP has another width than Z: there the skip is a projection, Z R.
     """
-    weights = [w.clone().requires_grad_() for w in weights]
+    for number, W in enumerate(layers, start=1):
+        Z = attention(X, W["W_Q"], W["W_K"], W["W_V"], skip)
+        X = torch.relu(Z @ W["W_1"]) @ W["W_2"]
+        if mlp_skip:
+            X = X + (Z @ W["R"] if number == len(layers) else Z)
+    return Z, X
 
-    def error(W_Q, W_K, W_V, W_1, W_2):
-        return torch.relu(attention(X, W_Q, W_K, W_V, skip) @ W_1) @ W_2 - Y
 
-    J = torch.func.jacrev(error, argnums=tuple(range(5)))(*weights)
-    J = torch.cat([j.detach().reshape(Y.numel(), -1) for j in J], dim=1)
-    eta = 1 / torch.linalg.eigvalsh(J @ J.T)[-1].item()
+def descend(X: Tensor, Y: Tensor, layers: list[dict], skips: tuple, trained, limit: int) -> list:
+    """Losses ||network(X) - Y||^2 / 2 of gradient descent, down to 1e-3 of the first.
+
+    trained: names of the weights that move. The step is 1 / (largest eigenvalue of the tangent
+    kernel at the start).
+    """
+    moving = [{k: w.clone().requires_grad_() for k, w in W.items() if k in trained} for W in layers]
+
+    def error(moving: list[dict]) -> Tensor:
+        return network(X, [W | own for W, own in zip(layers, moving)], *skips)[1] - Y
+
+    J = torch.func.jacrev(error)(moving)
+    J = [j.detach().reshape(Y.numel(), -1) for of_layer in J for j in of_layer.values()]
+    eta = 1 / torch.linalg.eigvalsh(sum(j @ j.T for j in J))[-1].item()
+    weights = [w for of_layer in moving for w in of_layer.values()]
     losses = []
     while not losses or (losses[-1] > 1e-3 * losses[0] and len(losses) <= limit):
-        loss = error(*weights).square().sum() / 2
+        loss = error(moving).square().sum() / 2
         losses.append(loss.item())
         with torch.no_grad():
-            for w, g in zip(weights, torch.autograd.grad(loss, weights)):
-                w -= eta * g
+            for w, g in zip(weights, torch.autograd.grad(loss, weights, allow_unused=True)):
+                if g is not None:  # R counts only where there is a skip
+                    w -= eta * g
     return losses
 
 
-def draw_problem(seed: int, correlation: float, factor: float) -> tuple[Tensor, Tensor, list]:
-    """(X, Y, [W_Q, W_K, W_V, W_1, W_2]) in float64; one scalar target a token."""
+def draw_problem(
+    seed: int, correlation: float, factor: float, targets: int = 1, layers: int = 1
+) -> tuple[Tensor, Tensor, list[dict[str, Tensor]]]:
+    """(X, (token, dim); Y, (token, target); each layer's weights by name), in float64."""
     g = torch.Generator().manual_seed(seed)
 
     def gaussian(rows: int, columns: int, std: float = 1.0) -> Tensor:
         return std * torch.randn(rows, columns, generator=g, dtype=torch.float64)
 
     X = gaussian(1, DIM, math.sqrt(correlation)) + gaussian(TOKENS, DIM, math.sqrt(1 - correlation))
-    W_Q, W_K = (gaussian(DIM, DIM, factor * DIM**-0.5) for _ in range(2))
-    W_V, W_1 = gaussian(DIM, DIM, DIM**-0.5), gaussian(DIM, HIDDEN, DIM**-0.5)
-    return X, gaussian(TOKENS, 1), [W_Q, W_K, W_V, W_1, gaussian(HIDDEN, 1, HIDDEN**-0.5)]
+    Y, weights = gaussian(TOKENS, targets), []
+    for number in range(1, layers + 1):
+        out = targets if number == layers else DIM
+        weights.append(
+            dict(
+                W_Q=gaussian(DIM, DIM, factor * DIM**-0.5),
+                W_K=gaussian(DIM, DIM, factor * DIM**-0.5),
+                W_V=gaussian(DIM, DIM, DIM**-0.5),
+                W_1=gaussian(DIM, HIDDEN, DIM**-0.5),
+                W_2=gaussian(HIDDEN, out, HIDDEN**-0.5),
+                R=gaussian(DIM, out, DIM**-0.5),
+            )
+        )
+    return X, Y, weights
 
 
-def compare(ax: plt.Axes, correlation: float, factor: float, seeds: int, limit: int) -> None:
-    """A setting's losses with the skip and without, drawn and told."""
-    steps = {False: [], True: []}
-    for skip, name, arm in ((False, "without skip", "skipless-default"),
-                            (True, "with skip", "residual")):  # fmt: skip
-        kappas, colour = [], pictures.ARM_COLOURS[arm]
-        for seed in range(seeds):
-            X, Y, weights = draw_problem(seed, correlation, factor)
-            losses = torch.tensor(descend(X, Y, weights, skip, limit))
-            steps[skip].append(len(losses) - 1)
-            ax.plot(losses / losses[0], color=colour, lw=0.9, label=None if seed else name)
-            Z = attention(X, *weights[:3], skip)
+def compare(axes: list[plt.Axes], title: str, setting: dict, seeds: int, limit: int) -> None:
+    """A setting told and drawn: the losses on the first of the axes, dotted those of a linear head
+    on the first seed's Z alone, exact; on the second steps against kappa(Z)^2."""
+    trained = setting.get("trained", ("W_Q", "W_K", "W_V", "W_1", "W_2", "R"))
+    shape = {k: v for k, v in setting.items() if k != "trained"}
+    steps = {}
+    print(title)
+    for name, (skip, mlp_skip, arm) in SKIPS.items():
+        kappas, counts, colour = [], [], pictures.ARM_COLOURS[arm]
+        for seed in engine.progress(range(seeds), name):
+            X, Y, layers = draw_problem(seed, **shape)
+            losses = torch.tensor(descend(X, Y, layers, (skip, mlp_skip), trained, limit))
+            Z, _ = network(X, layers, skip, mlp_skip)
             singular = torch.linalg.svdvals(Z)
-            kappas.append((singular[0] / singular[-1]).item())
-            if seed == 0:
+            kappas.append(condition_number(singular))
+            counts.append(len(losses) - 1)
+            axes[0].plot(losses / losses[0], color=colour, lw=0.9)
+            if seed == 0 and not mlp_skip:  # dotted
                 exact = linear_head_losses(Z, Y, singular[0].item() ** -2, len(losses) - 1)
-                label = f"{name}: a linear head on Z alone, exact"
-                ax.plot(exact / exact[0], ":", color=colour, lw=1.4, label=label)
-        reached = f"{min(steps[skip])} .. {max(steps[skip])}"
-        reached += f" (limit {limit})" * (max(steps[skip]) == limit)
-        print(f"    {name:<12}  kappa of Z {min(kappas):.2g} .. {max(kappas):.2g}, steps {reached}")
-    ratio = [a / b for a, b in zip(steps[False], steps[True])]
-    print(f"    the skip makes it {min(ratio):.2f} .. {max(ratio):.2f} times faster")
+                axes[0].plot(exact / exact[0], ":", color=colour, lw=1.4)
+        axes[1].scatter([k * k for k in kappas], counts, color=colour, s=14, label=name)
+        steps[name] = counts
+        reached = f"{min(counts)} .. {max(counts)}"
+        reached += f" (limit {limit})" * (max(counts) == limit)
+        print(f"    {name:<17} kappa of Z {min(kappas):.2g} .. {max(kappas):.2g}, steps {reached}")
+    for name in list(SKIPS)[1:]:
+        ratio = [a / b for a, b in zip(steps["no skip"], steps[name])]
+        print(f"    {name}: {min(ratio):.2f} .. {max(ratio):.2f} times as fast as without")
 
 
 def main() -> None:
@@ -117,15 +165,19 @@ def main() -> None:
     parser.error = cli.fail
     args = parser.parse_args()
     files.make_folder(args.out)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
-    for ax, (title, (correlation, factor)) in zip(axes, SETTINGS.items()):
-        print(f"{title}; steps to 1e-3 of the first loss, {args.seeds} seeds")
-        compare(ax, correlation, factor, args.seeds, args.limit)
-        ax.set(xscale="log", yscale="log", ylim=(5e-4, 1.5), xlabel="step of gradient descent")
-        pictures.tidy(ax, title)
-    axes[0].set_ylabel("loss / first loss")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    print(f"steps to 1e-3 of the first loss, {args.seeds} seeds")
+    size = dict(figsize=(17, 5.6), layout="constrained", sharey="row")
+    figure, axes = plt.subplots(2, len(SETTINGS), **size)
+    for column, (title, setting) in zip(axes.T, SETTINGS.items()):
+        compare(column, title, setting, args.seeds, args.limit)
+        column[0].set(xscale="log", yscale="log", ylim=(5e-4, 1.5), xlabel="step")
+        column[1].set(xscale="log", yscale="log", xlabel="kappa(Z)^2")
+        pictures.tidy(column[0], title.replace(", ", ",\n"))
+        pictures.tidy(column[1], "")
+    axes[0, 0].set_ylabel("loss / first loss")
+    axes[1, 0].set_ylabel("steps to 1e-3 of the first loss")
+    handles, labels = axes[1, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     pictures.save_figure(figure, args.out / "convergence.png")
     print(f"{args.out}/convergence.png")
 

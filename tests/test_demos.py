@@ -86,18 +86,46 @@ def attention_by_hand(X, W_Q, W_K, W_V, skip):
     return Z + X if skip else Z
 
 
-def tiny_problem():
+NAMES = ["W_Q", "W_K", "W_V", "W_1", "W_2", "R"]
+ALL = tuple(NAMES)
+
+
+def tiny_problem(layers: int = 1):
     torch.manual_seed(0)
-    shapes = [(5, 6), (5, 1), (6, 6), (6, 6), (6, 6), (6, 8), (8, 1)]
-    X, Y, *weights = (torch.randn(s, dtype=torch.float64) / math.sqrt(s[1]) for s in shapes)
+
+    def gaussian(rows, columns):
+        return torch.randn(rows, columns, dtype=torch.float64) / math.sqrt(columns)
+
+    X, Y, weights = gaussian(5, 6), gaussian(5, 2), []
+    for number in range(1, layers + 1):
+        out = 2 if number == layers else 6
+        shapes = [(6, 6), (6, 6), (6, 6), (6, 8), (8, out), (6, out)]
+        weights.append({name: gaussian(*shape) for name, shape in zip(NAMES, shapes)})
     return X, Y, weights
 
 
+def network_by_hand(X, layers, skip, mlp_skip):
+    for W in layers:
+        Z = attention_by_hand(X, W["W_Q"], W["W_K"], W["W_V"], skip)
+        X = (Z @ W["W_1"]).clamp(min=0) @ W["W_2"]
+        if mlp_skip:
+            X = X + (Z @ W["R"] if W is layers[-1] else Z)
+    return Z, X
+
+
 def test_the_attention_layer_by_hand():
-    X, _, (W_Q, W_K, W_V, *_) = tiny_problem()
+    X, _, [W] = tiny_problem()
     for skip in (True, False):
-        expected = attention_by_hand(X, W_Q, W_K, W_V, skip)
-        assert torch.allclose(convergence.attention(X, W_Q, W_K, W_V, skip), expected)
+        three = W["W_Q"], W["W_K"], W["W_V"], skip
+        assert torch.allclose(convergence.attention(X, *three), attention_by_hand(X, *three))
+
+
+@pytest.mark.parametrize("skips", [(False, False), (True, False), (True, True)])
+def test_the_networks_by_hand(skips):
+    for depth in (1, 2, 3):
+        X, _, layers = tiny_problem(depth)
+        ours, theirs = (f(X, layers, *skips) for f in (convergence.network, network_by_hand))
+        assert all(torch.allclose(a, b) for a, b in zip(ours, theirs))
 
 
 def test_linear_head_formula_equals_gradient_descent():
@@ -112,80 +140,93 @@ def test_linear_head_formula_equals_gradient_descent():
     assert (torch.stack(losses) / exact - 1).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("skip", [True, False])
-def test_descent_is_gradient_descent_with_the_tangent_kernels_step(skip):
-    X, Y, weights = tiny_problem()
-    weights = [w.requires_grad_() for w in weights]
+DESCENTS = [  # layers, skips, trained
+    (1, (False, False), ALL[:5]),
+    (1, (True, False), ALL[:5]),
+    (2, (True, True), ALL),
+    (1, (True, False), ("W_1", "W_2")),
+]
 
-    def outputs():
-        W_Q, W_K, W_V, W_1, W_2 = weights
-        return torch.relu(attention_by_hand(X, W_Q, W_K, W_V, skip) @ W_1) @ W_2
 
-    rows = [torch.autograd.grad(out, weights, retain_graph=True) for out in outputs().flatten()]
+@pytest.mark.parametrize("depth, skips, trained", DESCENTS)
+def test_descent_is_gradient_descent_with_the_tangent_kernels_step(depth, skips, trained):
+    X, Y, layers = tiny_problem(depth)
+    weights = [W[name].requires_grad_() for W in layers for name in trained]
+    of = dict(allow_unused=True, materialize_grads=True)
+    out = network_by_hand(X, layers, *skips)[1].flatten()
+    rows = [torch.autograd.grad(y, weights, retain_graph=True, **of) for y in out]
     J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
     eta = 1 / torch.linalg.svdvals(J)[0].item() ** 2
     expected = []
     for _ in range(4):
-        loss = ((outputs() - Y) ** 2).sum() / 2
+        loss = ((network_by_hand(X, layers, *skips)[1] - Y) ** 2).sum() / 2
         expected.append(loss.item())
-        gradients = torch.autograd.grad(loss, weights)
-        weights = [(w - eta * g).detach().requires_grad_() for w, g in zip(weights, gradients)]
-    X, Y, start = tiny_problem()
-    before = [w.clone() for w in start]
-    assert convergence.descend(X, Y, start, skip, limit=3) == pytest.approx(expected)
-    assert all(torch.equal(a, b) for a, b in zip(before, start))
-    losses = convergence.descend(X, Y, start, skip, limit=1000)
-    first = next((i for i, loss in enumerate(losses) if loss <= 1e-3 * losses[0]), 1000)
-    assert len(losses) == first + 1 and (first < 1000) == skip
+        for w, g in zip(weights, torch.autograd.grad(loss, weights, **of)):
+            w.data -= eta * g
+    X, Y, start = tiny_problem(depth)
+    before = [w.clone() for W in start for w in W.values()]
+    losses = convergence.descend(X, Y, start, skips, trained, limit=3)
+    assert losses == pytest.approx(expected)
+    assert all(torch.equal(a, b) for a, b in zip(before, (w for W in start for w in W.values())))
+    losses = convergence.descend(X, Y, start, skips, trained, limit=400)
+    first = next((i for i, loss in enumerate(losses) if loss <= 1e-3 * losses[0]), 400)
+    assert len(losses) == first + 1
 
 
 def test_problems_have_the_correlation_and_scales_asked_for():
-    X, Y, (W_Q, W_K, W_V, W_1, W_2) = convergence.draw_problem(0, 0.5, 0.2)
-    assert (X.shape, Y.shape, X.dtype) == ((32, 64), (32, 1), torch.float64)
+    X, Y, [first, last] = convergence.draw_problem(0, 0.5, 0.2, targets=3, layers=2)
+    assert (X.shape, Y.shape, X.dtype) == ((32, 64), (32, 3), torch.float64)
     products = []
     for seed in range(30):
         X = convergence.draw_problem(seed, 0.5, 0.2)[0]
         products.append(((X @ X.T).sum() - (X * X).sum()).item() / (32 * 31 * 64))
         assert (X * X).mean().item() == pytest.approx(1, abs=0.5)
     assert statistics.mean(products) == pytest.approx(0.5, abs=0.06)
-    for W, std in ((W_Q, 0.025), (W_K, 0.025), (W_V, 0.125), (W_1, 0.125), (W_2, 0.0625)):
-        assert W.square().mean().sqrt().item() == pytest.approx(std, rel=0.15)
-    assert not torch.equal(W_Q, W_K)
+    stds = dict(W_Q=0.025, W_K=0.025, W_V=0.125, W_1=0.125, W_2=0.0625, R=0.125)
+    for W, out in ((first, 64), (last, 3)):
+        assert W["W_2"].shape == (256, out) and W["R"].shape == (64, out)
+        for name, std in stds.items():
+            assert W[name].square().mean().sqrt().item() == pytest.approx(std, rel=0.15)
+        assert not torch.equal(W["W_Q"], W["W_K"])
     again = convergence.draw_problem(0, 0.0, 1.0)
     assert again[0].shape == (32, 64) and not torch.equal(again[0], X)
 
 
 def test_convergence_prints_what_the_skip_is_worth(tmp_path, monkeypatch, capsys):
     words = ["--seeds", "2", "--limit", "60", "--out", "o"]
-    monkeypatch.setattr(convergence, "SETTINGS", {"one": (0.0, 1.0)})
+    trained = ("W_1", "W_2")
+    settings = {"one": convergence.INDEPENDENT | dict(trained=trained)}
+    monkeypatch.setattr(convergence, "SETTINGS", settings | {"two": convergence.INDEPENDENT})
     run_main(convergence.main, words, tmp_path, monkeypatch)
-    title, without, with_skip, ratio, _ = capsys.readouterr().out.splitlines()
-    assert title.startswith("one; steps to 1e-3 of the first loss, 2 seeds")
-    steps, kappas = {}, {}
-    for skip in (False, True):
+    head, title, *lines = capsys.readouterr().out.splitlines()
+    assert head == "steps to 1e-3 of the first loss, 2 seeds" and title == "one"
+    assert lines[5] == "two" and lines[-1] == "o/convergence.png"
+    steps = {}
+    for line, (name, (*skips, _)) in zip(lines, convergence.SKIPS.items()):
         problems = [convergence.draw_problem(seed, 0.0, 1.0) for seed in range(2)]
-        steps[skip] = [len(convergence.descend(*p, skip, 60)) - 1 for p in problems]
-        Zs = [convergence.attention(X, *weights[:3], skip) for X, _, weights in problems]
-        kappas[skip] = sorted(torch.linalg.cond(Z).item() for Z in Zs)
-    for skip, line in ((False, without), (True, with_skip)):
-        low, high = kappas[skip]
-        assert line.split()[0] == ("with" if skip else "without")
-        assert f"kappa of Z {low:.2g} .. {high:.2g}, steps {min(steps[skip])} .. " in line
-        assert line.endswith(f".. {max(steps[skip])}" + " (limit 60)" * (max(steps[skip]) == 60))
-        assert ("limit" in line) == skip  # 34 and 50 steps without, more than 60 with it
-    ratios = [a / b for a, b in zip(steps[False], steps[True])]
-    assert f"{min(ratios):.2f} .. {max(ratios):.2f} times faster" in ratio
+        runs = [convergence.descend(*p, skips, trained, 60) for p in problems]
+        steps[name] = [len(losses) - 1 for losses in runs]
+        Zs = [convergence.network(X, layers, *skips)[0] for X, _, layers in problems]
+        low, high = sorted(torch.linalg.cond(Z).item() for Z in Zs)
+        least, most = min(steps[name]), max(steps[name])
+        limit = " (limit 60)" * (most == 60)
+        told = f"kappa of Z {low:.2g} .. {high:.2g}, steps {least} .. {most}{limit}"
+        assert line.strip().startswith(name) and line.endswith(told)
+    for line, name in zip(lines[3:], ("around attention", "around both")):
+        ratios = [a / b for a, b in zip(steps["no skip"], steps[name])]
+        low, high = min(ratios), max(ratios)
+        assert line == f"    {name}: {low:.2f} .. {high:.2f} times as fast as without"
     with Image.open(tmp_path / "o/convergence.png") as image:
         assert image.width > 1000
 
 
 def test_the_skip_helps_where_tokens_are_alike():
-    """At a tenth of the size: fewer steps with the skip, as kappa of Z falls."""
-    X, Y, weights = convergence.draw_problem(0, 0.5, 0.2)
-    with_skip = convergence.descend(X, Y, weights, True, 1000)
-    without = convergence.descend(X, Y, weights, False, 1000)
+    """Fewer steps with the skip, as kappa of Z falls."""
+    problem = convergence.draw_problem(0, **convergence.ALIKE)
+    with_skip = convergence.descend(*problem, (True, False), ALL, 2000)
+    without = convergence.descend(*problem, (False, False), ALL, 2000)
     assert with_skip[-1] <= 1e-3 * with_skip[0]
-    assert without[-1] > 1e-2 * without[0]
+    assert without[-1] > 1e-3 * without[0]
 
 
 # ---- APJN against depth --------------------------------------------------------------------------
