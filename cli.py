@@ -44,7 +44,14 @@ def one_line_errors(memory_advice: str) -> Iterator[None]:
     except torch.linalg.LinAlgError as error:
         fail(f"{error}; usually a gradient is not finite: use a smaller --lr", code=1)
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # the CPU's way to be out of memory
+        text = str(error)
+        if "DataLoader worker" in text or "DataLoader timed out" in text:
+            fail(
+                f"loading images: {text.splitlines()[0]}; usually memory, or a small /dev/shm: use "
+                "fewer --workers, or 0",
+                code=1,
+            )
+        if "can't allocate memory" not in text:  # the CPU's way to be out of memory
             raise
         fail(f"out of memory; {memory_advice}")
     except BadInput as error:  # a loader's process puts its traceback before the message
@@ -75,6 +82,10 @@ def not_negative(text: str) -> float:
 
 def share(text: str) -> float:
     return checked(text, float, lambda x: 0 <= x < 1, "lie in [0, 1)")
+
+
+def path(text: str) -> str:
+    return checked(text, str, bool, "name a file or folder")
 
 
 def count(text: str) -> int:
@@ -116,7 +127,7 @@ def trainer_flags(description: str, demo: dict, folder: dict, skipless: dict):
             help += f" [{', '.join(defaults)}]"
         p.add_argument(flag, help=help, **(dict(type=type) if type else {}), **kind)
 
-    add("--out", "folder of this run's files [under runs/, named after the settings]")
+    add("--out", "folder of this run's files [under runs/, named after the settings]", path)
     add("--model", "width and depth; nano is for CPUs", choices=list(PRESETS))
     add("--skipless", "train without skip connections", action="store_true")
     add(

@@ -8,6 +8,7 @@ equal an uninterrupted one, and neither does it matter how many loader workers t
 
 import functools
 import math
+import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
@@ -52,12 +53,18 @@ def decoding(path: str) -> Iterator[None]:
 
 
 def open_rgb(path: str) -> Image.Image:
-    """Read an image file as RGB (greyscale and palette images are converted).
+    """Read an image file as RGB, turned as its EXIF tag says.
 
-    Raises BadInput, naming the file, where it cannot be decoded.
+    Greyscale and palette images are converted, 16 bits a pixel scaled to 8: Pillow would clip them.
+
+    Raises BadInput, naming the file, where it cannot be decoded, or has numbers of unknown range.
     """
     with decoding(path), Image.open(path) as image:
-        return image.convert("RGB")
+        if image.mode in ("I", "F"):
+            raise BadInput(f"image {path} has 32 bits a pixel; save it with 8 or 16")
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def check_images(paths: list[str], decode_up_to: int = 20_000) -> None:
@@ -68,6 +75,8 @@ def check_images(paths: list[str], decode_up_to: int = 20_000) -> None:
     """
 
     def problem(path: str) -> str | None:
+        if not Path(path).is_file():  # a pipe: opening it would wait for ever
+            return f"image {path} is not a file; remove it"
         try:
             if len(paths) <= decode_up_to:
                 open_rgb(path)
@@ -93,6 +102,11 @@ def image_folder(root: str, split: str) -> ImageFolder:
         fail(f"--data {root}: no such folder")
     if not folder.is_dir():
         fail(f"--data {root}: no folder {folder}; {layout}")
+    for parent, names, _ in os.walk(folder):
+        for name in names:
+            link = Path(parent, name)
+            if link.is_symlink() and Path(parent).resolve().is_relative_to(link.resolve()):
+                fail(f"--data {root}: the link {link} leads back up to its own folder; remove it")
     try:
         return ImageFolder(str(folder), loader=open_rgb)
     except FileNotFoundError as error:  # no class folder, or one without images
@@ -241,6 +255,9 @@ def start_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+LOADER_PATIENCE = 900  # seconds for a batch; a worker that died with a lock is waited for in vain
+
+
 def make_loader(
     dataset: Dataset, transform: Callable, batches: Batches, workers: int, device: torch.device
 ) -> DataLoader:
@@ -251,4 +268,5 @@ def make_loader(
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0 and batches.shuffle,  # those for validation would idle
         worker_init_fn=start_worker,
+        timeout=LOADER_PATIENCE if workers else 0,
     )

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -74,9 +75,12 @@ def main_process() -> bool:
 
 
 def say(text: str) -> None:
-    """Print, once however many processes there are."""
+    """Print, once however many processes there are; a reader that has left does not stop a run."""
     if main_process():
-        print(text)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # piped into head; from now on into nothing
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def progress(items, title: str, **more) -> tqdm:

@@ -1,5 +1,6 @@
 """The files a run writes and reads: its folder, its log, its checkpoints."""
 
+import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from cli import fail
 
 FORMAT = "minskip-2"
+PARTS = dict(args=dict, model_config=dict, model=dict, classes=list, epoch=int)  # of a checkpoint
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -32,6 +34,21 @@ def make_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"{out}: cannot make this folder ({error.strerror})")
+
+
+def lock(folder: Path) -> None:
+    """Keep this folder to this process until it ends; end the program if another has it."""
+    try:
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        fail(f"{folder}: cannot write here ({error.strerror})")
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        other = os.read(descriptor, 20).decode()
+        fail(f"{folder} is in use by process {other}; wait for it, or name another folder")
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
 
 
 def run_folder(out: str | None, stem: str, seed: int, resume: str | None = None) -> Path:
@@ -87,4 +104,7 @@ def load_checkpoint(path: str, script: str | None = None) -> dict:
         fail(f"checkpoint {path} was not written by this version of minskip; use one of its own")
     if script is not None and content.get("script") != script:
         fail(f"checkpoint {path} was written by {content.get('script')}, not by {script}")
+    for name, kind in PARTS.items():
+        if not isinstance(content.get(name), kind):
+            fail(f"checkpoint {path} is damaged: it has no {name}; use another")
     return content | dict(path=path)

@@ -202,7 +202,7 @@ class ViT(nn.Module):
         self.embed_norm = nn.Identity()  # one of `variants.py`
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, mlp_ratio, residual, rate, diagonal_bias, norm_affine)
-            for rate in torch.linspace(0, drop_path, depth).tolist()
+            for rate in torch.linspace(0, drop_path, depth, device="cpu").tolist()
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()

@@ -48,10 +48,28 @@ def initialise_(model: ViT, init: str, alpha: float, beta: float, c: float) -> V
     return start_(model)
 
 
-def vit_of(config: dict) -> ViT:
-    """The network of a checkpoint's model_config, its weights yet to come."""
-    varied = {name: part for name, part in config.items() if name in STANDARD}
-    return vary_(ViT(**{k: v for k, v in config.items() if k not in varied}), **varied)
+def vit_of(checkpoint: dict) -> ViT:
+    """The network of a checkpoint, its weights yet to come; a shape that is not theirs ends the
+    program before memory is taken for it."""
+
+    def build(config: dict) -> ViT:
+        varied = {name: part for name, part in config.items() if name in STANDARD}
+        return vary_(ViT(**{k: v for k, v in config.items() if k not in varied}), **varied)
+
+    config, weights, path = checkpoint["model_config"], checkpoint["model"], checkpoint["path"]
+    damaged = f"checkpoint {path} is damaged: its weights are not those of its model_config"
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    if config.get("depth") != len(blocks):
+        fail(damaged)
+    try:
+        with torch.device("meta"):
+            expected = {name: x.shape for name, x in build(config).state_dict().items()}
+        found = {name: x.shape for name, x in weights.items()}
+    except Exception as error:  # whatever a config that nobody wrote makes a constructor say
+        fail(f"{damaged} ({type(error).__name__}: {str(error).splitlines()[0]})")
+    if found != expected:
+        fail(damaged)
+    return build(config)
 
 
 def build_vit(args: argparse.Namespace, num_classes: int, checkpoint: dict | None) -> ViT:
@@ -60,7 +78,7 @@ def build_vit(args: argparse.Namespace, num_classes: int, checkpoint: dict | Non
     With a checkpoint only its shape: the weights are to be loaded.
     """
     if checkpoint:
-        return vit_of(checkpoint["model_config"])
+        return vit_of(checkpoint)
     try:
         model = ViT(
             args.image_size,
@@ -98,14 +116,23 @@ def fresh_arm(
         fail(str(error))
 
 
+def load_(target, state, checkpoint: dict) -> None:
+    """target.load_state_dict(state), or the end of the program in one line."""
+    try:
+        target.load_state_dict(state)
+    except Exception as error:  # whatever a state that nobody saved makes it stumble over
+        kind = type(error).__name__
+        fail(f"checkpoint {checkpoint['path']} is damaged ({kind}); use another")
+
+
 def trained_vit(checkpoint: dict) -> ViT:
     """The network of a checkpoint, rebuilt from it alone; averaged weights where it has any."""
-    model = vit_of(checkpoint["model_config"])
+    model = vit_of(checkpoint)
     weights = checkpoint["model"]
     if checkpoint.get("ema") is not None:
         weights = {k.removeprefix("module."): v for k, v in checkpoint["ema"].items()}
-        weights.pop("n_averaged")
-    model.load_state_dict(weights)
+        weights.pop("n_averaged", None)
+    load_(model, weights, checkpoint)
     if not all(p.isfinite().all() for p in model.parameters()):
         fail(
             f"{checkpoint['path']} holds weights that are not finite: nothing can be measured on it"
@@ -118,5 +145,5 @@ def untrained_vit(checkpoint: dict) -> ViT:
     args = argparse.Namespace(**checkpoint["args"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
-        model = vit_of(checkpoint["model_config"])
+        model = vit_of(checkpoint)
         return initialise_(model, args.init, args.alpha, args.beta, args.c)

@@ -72,9 +72,10 @@ class Run:
         self.out = files.run_folder(args.out, stem, args.seed, args.resume)
         if main_process():
             files.make_folder(self.out)
+            files.lock(self.out)
             files.write_log(self.out / "log.jsonl", self.history)  # fails now if it ever will
         self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self.receive)
         self.started = time.time()
 
@@ -142,8 +143,9 @@ class Run:
     # ---- interruption ----------------------------------------------------------------------------
 
     def receive(self, number: int, frame) -> None:
-        """Ctrl-C or SIGTERM: noted, for the loop to heed. A second Ctrl-C ends the program at once;
-        SIGTERM comes twice where the batch system and torchrun both send it."""
+        """Ctrl-C, SIGTERM or a closed terminal: noted, for the loop to heed. A second Ctrl-C ends
+        the program at once; SIGTERM comes twice where the batch system and torchrun both send it.
+        """
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -198,7 +200,7 @@ class Run:
             if isinstance(x, Tensor):
                 x.copy_(checkpoint[name])
             else:
-                x.load_state_dict(checkpoint[name])
+                networks.load_(x, checkpoint.get(name), checkpoint)
         self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
         self.seconds, self.history = checkpoint["seconds"], checkpoint["history"]
         self.sums = {k: torch.tensor(v, device=self.device) for k, v in checkpoint["sums"].items()}
@@ -207,19 +209,17 @@ class Run:
 
     def describe(self, model: nn.Module, data_name: str) -> None:
         """Print what the run is."""
-        if not main_process():
-            return
         a, size = self.args, model.config["image_size"]
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         precision = "bf16" if uses_bf16(self.device, a.amp) else "float32"
-        print(f"model   ViT {a.model}, {self.arm}, {a.depth} blocks, {parameters:.2f} M parameters")
-        print(f"data    {data_name}: {self.batches.length} training images of {size} px")
-        print(f"train   {a.epochs} epochs of {len(self.batches)} steps of {a.batch_size}, {a.opt}, "
+        say(f"model   ViT {a.model}, {self.arm}, {a.depth} blocks, {parameters:.2f} M parameters")
+        say(f"data    {data_name}: {self.batches.length} training images of {size} px")
+        say(f"train   {a.epochs} epochs of {len(self.batches)} steps of {a.batch_size}, {a.opt}, "
               f"lr {a.lr:g}, on {self.device} x {self.batches.world}, {precision}")  # fmt: skip
-        print(f"files   {self.out}")
+        say(f"files   {self.out}")
         flags = "flags   " + " ".join(f"{k}={v}" for k, v in sorted(self.facts["args"].items()))
-        print(textwrap.fill(flags, 100, subsequent_indent=8 * " ", break_on_hyphens=False))
+        say(textwrap.fill(flags, 100, subsequent_indent=8 * " ", break_on_hyphens=False))
         if a.init != "default" and not a.skipless:
-            print(f"note    --init {a.init} without --skipless: a residual network starts from it")
+            say(f"note    --init {a.init} without --skipless: a residual network starts from it")
         if a.resume:
-            print(f"resume  {a.resume} at epoch {self.epoch + 1}, step {self.step}")
+            say(f"resume  {a.resume} at epoch {self.epoch + 1}, step {self.step}")

@@ -175,7 +175,7 @@ def u_spa(
 
 def line_kernel(n: int, gamma: float, power: float = 1.0) -> Tensor:
     """Sigma^power of n tokens in a line, Sigma_ij = exp(-gamma |i - j|), in float64."""
-    i = torch.arange(n, dtype=torch.float64)
+    i = torch.arange(n, dtype=torch.float64, device="cpu")
     S, V = torch.linalg.eigh(torch.exp(-gamma * (i[:, None] - i).abs()))
     return V * S**power @ V.T
 

@@ -1,5 +1,10 @@
 """Seeded loading, augmentation and image files."""
 
+import os
+import re
+import shutil
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +12,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
 import data as data_module
+from cli import BadInput, one_line_errors
 from data import Batches, augmentations, make_loader, mixed_seeds, normalise, open_rgb
 from shapes import Shapes
 
@@ -43,6 +49,67 @@ def test_greyscale_and_palette_images_become_rgb(tmp_path):
     for mode in ("L", "P", "RGBA"):
         Image.new(mode, (4, 4)).save(tmp_path / "image.png")
         assert open_rgb(str(tmp_path / "image.png")).mode == "RGB"
+
+
+def test_sixteen_bits_a_pixel_are_scaled_and_thirty_two_refused(tmp_path):
+    """Pillow clips them: all but the darkest 1/256 of the range would be white."""
+    path = str(tmp_path / "image.png")
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(2, 0)
+    Image.fromarray(ramp).save(path)
+    assert np.asarray(open_rgb(path))[0, :, 1].tolist() == list(range(256))
+    words = r"image\.tiff has 32 bits a pixel; save it with 8 or 16"
+    for kind in (np.int32, np.float32):
+        Image.fromarray(ramp.astype(kind)).save(tmp_path / "image.tiff")
+        with pytest.raises(BadInput, match=words):
+            open_rgb(str(tmp_path / "image.tiff"))
+
+
+def test_an_image_is_turned_as_its_tag_says(tmp_path):
+    image, tag = Image.new("RGB", (6, 4)), Image.Exif()
+    image.paste((255, 255, 255), (0, 0, 6, 1))
+    tag[0x0112] = 6  # the top is on the right
+    image.save(tmp_path / "image.png", exif=tag)
+    turned = np.asarray(open_rgb(str(tmp_path / "image.png")))
+    assert turned.shape == (6, 4, 3) and (turned[:, 3] == 255).all() and not turned[:, :3].any()
+
+
+def test_a_pipe_named_like_an_image_does_not_hang(image_root, tmp_path, capsys):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(SystemExit):
+        data_module.check_images([str(tmp_path / "a.png")])
+    assert f"image {tmp_path}/a.png is not a file; remove it" in capsys.readouterr().err
+
+
+def test_a_link_that_leads_back_up_is_refused(image_root, tmp_path, capsys):
+    """Followed, it would put other classes' images under this one's label, or never end."""
+    for split in ("train", "val"):
+        shutil.copytree(image_root / split, tmp_path / split)
+    (tmp_path / "elsewhere").symlink_to(image_root)  # links to others are fine
+    (tmp_path / "train/class5").symlink_to(image_root / "train/class0")
+    assert len(data_module.image_folder(str(tmp_path), "train").classes) == 6
+    (tmp_path / "train/class0/up").symlink_to(tmp_path / "train")
+    with pytest.raises(SystemExit):
+        data_module.image_folder(str(tmp_path), "train")
+    assert "class0/up leads back up to its own folder; remove it" in capsys.readouterr().err
+
+
+class Killed(Shapes):
+    """Its worker is killed, as the system does where memory is short."""
+
+    def __getitems__(self, indices):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_ends_the_program_in_one_line(capsys):
+    batches = Batches(8, 4, seed=0, shuffle=True)
+    data = Killed("train", 8, 16)
+    loader = make_loader(data, v2.Identity(), batches, 1, torch.device("cpu"))
+    with pytest.raises(SystemExit) as stop, one_line_errors("-"):
+        next(iter(loader))
+    assert stop.value.code == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert re.match(r"error: loading images: DataLoader worker .* fewer --workers, or 0", message)
 
 
 def test_seeds_of_neighbours_are_unrelated():

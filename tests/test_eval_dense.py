@@ -46,6 +46,7 @@ def network(pool: str = "cls", residual: bool = False, image_size: int = 16, **m
 def save(path, model: ViT, ema: dict | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = dict(script="train_cls", args=ARGS, model_config=model.config, ema=ema)
+    facts |= dict(classes=[], epoch=1)
     files.save_checkpoint(path, facts | dict(model=model.state_dict()))
 
 

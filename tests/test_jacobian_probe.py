@@ -559,6 +559,7 @@ def a_checkpoint(folder, seed: int = 0, **changed) -> dict:
     born = {name: p.clone() for name, p in model.state_dict().items()}
     weights = {name: 1.5 * p for name, p in born.items()}
     content = dict(script="train_cls", model_config=model.config, model=weights, args=args)
+    content |= dict(classes=[], epoch=1)
     folder.mkdir(parents=True)
     files.save_checkpoint(folder / "last.pt", content)
     return {"before training": born, "trained": weights, "config": model.config}

@@ -223,7 +223,8 @@ def test_a_run_says_and_leaves_what_it_promises(finished):
     assert f"top-1 {rows[-1]['top1']:.1f} %" in last_line
     assert (folder / "runs/a/curves.png").read_bytes().startswith(b"\x89PNG")
     assert load(folder / "runs/a/last.pt")["model_config"]["residual"] is False
-    assert {f.name for f in (folder / "runs/a").iterdir()} == {"log.jsonl", "curves.png", "last.pt"}
+    names = {f.name for f in (folder / "runs/a").iterdir()}
+    assert names == {".lock", "log.jsonl", "curves.png", "last.pt"}
 
 
 def test_eval_needs_the_checkpoint_alone(finished, tmp_path):
@@ -370,6 +371,33 @@ def test_a_signal_is_heeded_with_one_step_an_epoch(image_root, tmp_path):
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, stdout + stderr
     assert 1 <= load(tmp_path / "run/last.pt")["epoch"] < 500
+
+
+def test_a_closed_terminal_is_heeded_and_a_reader_that_leaves_is_not(image_root, tmp_path):
+    """SIGHUP ends and saves; `train_cls.py ... | head -1` trains on."""
+    args = ["--data", image_root, *SMALL, "--batch-size", "60", "--out", "run"]
+    process = start([*args, "--epochs", "500"], tmp_path)
+    process.stdout.close()
+    log = tmp_path / "run/log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP, process.stderr.read()
+    assert process.stderr.read() == ""
+    assert 4 <= load(tmp_path / "run/last.pt")["epoch"] < 500
+    process.stderr.close()
+
+
+def test_two_runs_do_not_share_a_folder(image_root, tmp_path, monkeypatch, capsys):
+    args = ["--data", image_root, *SMALL, "--out", "run"]
+    (tmp_path / "run").mkdir()
+    code = f"import files, pathlib, time; files.lock(pathlib.Path({str(tmp_path / 'run')!r}))"
+    words = [sys.executable, "-c", f"{code}; print(flush=True); time.sleep(100)"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        done = run_here(train_cls.main, args, tmp_path, monkeypatch, capsys)
+        other.kill()
+    assert_fails_in_one_line(done, f"run is in use by process {other.pid}; wait")
 
 
 @pytest.mark.parametrize("broken", ["gradient", "weights"])
@@ -527,4 +555,8 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(
     words = ["--data", image_root, *SMALL, "--out", "run"]
     done = run_here(train_cls.main, words, tmp_path, monkeypatch, capsys)
     assert_fails_in_one_line(done, r"cannot write run/log.jsonl \(Is a directory\)")
-    assert [f.name for f in (tmp_path / "run").iterdir()] == ["log.jsonl"]
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {".lock", "log.jsonl"}
+    (tmp_path / "other/.lock").mkdir(parents=True)
+    words[-1] = "other"
+    done = run_here(train_cls.main, words, tmp_path, monkeypatch, capsys)
+    assert_fails_in_one_line(done, r"other: cannot write here \(Is a directory\)")
