@@ -75,7 +75,7 @@ def check_images(paths: list[str], decode_up_to: int = 20_000) -> None:
     """
 
     def problem(path: str) -> str | None:
-        if not Path(path).is_file():  # a pipe: opening it would wait for ever
+        if Path(path).is_fifo():  # opening it would wait for ever
             return f"image {path} is not a file; remove it"
         try:
             if len(paths) <= decode_up_to:
