@@ -189,6 +189,7 @@ def trainer_flags(description: str, demo: dict, folder: dict, skipless: dict):
         positive,
     )
     add("--batch-size", "images a step, over all processes", count)
+    add("--grad-accum", "parts a batch is computed in; raise it if memory runs out", count)
     add("--epochs", "passes over the training images", count)
     add(
         "--warmup-epochs",

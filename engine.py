@@ -42,6 +42,7 @@ def start_processes(device_name: str) -> tuple[torch.device, int, int]:
             fail(f"{asked}: {found or 'no'} CUDA devices found here; use --device cpu or auto")
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # but for SOAP's factors
     if not launched:
         return device, 0, 1
     # The others wait while the first process looks through the images: minutes, of a large set.

@@ -190,12 +190,16 @@ class Run:
         files.save_checkpoint(self.out / "last.pt", self.facts | states | place)
 
     def restore(self, checkpoint: dict) -> None:
-        for what in ("images", "processes"):
-            if checkpoint[what] != self.facts[what]:
-                fail(
-                    f"--resume {self.args.resume}: that run had {checkpoint[what]} {what}, this "
-                    f"one {self.facts[what]}; give it the same"
-                )
+        had, has = checkpoint["images"], self.facts["images"]
+        if had != has:
+            fail(
+                f"--resume {self.args.resume}: that run had {had} images, this one {has}; give it "
+                "the same"
+            )
+        had, has = checkpoint["processes"], self.facts["processes"]
+        if had != has:  # a preempted job may come back with others
+            say(f"note    {had} processes before, {has} now: the same batches, but other random")
+            say("        numbers for MixUp, CutMix and drop-path than in an uninterrupted run")
         for name, x in self.kept.items():
             if isinstance(x, Tensor):
                 x.copy_(checkpoint[name])

@@ -4,6 +4,7 @@ Source: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", ICLR 
 (arXiv 2409.11321).
 """
 
+import warnings
 from collections import defaultdict
 
 import torch
@@ -24,6 +25,28 @@ def as_matrix_shape(shape: torch.Size) -> tuple[int, int] | None:
     for size in sizes[1:]:
         rest *= size
     return sizes[0], rest
+
+
+def eigenbasis(factor: Tensor) -> Tensor:
+    """Eigenvectors of symmetric matrices, (batch, size, size), columns by falling eigenvalue.
+
+    A factor of low rank has many equal eigenvalues, on which float32 solvers of GPUs may fail: then
+    in float64, then on the CPU with a little added to the diagonal, which turns no eigenvector.
+    """
+    size, last = factor.shape[-1], None
+    ways = [(factor.dtype, factor.device), (torch.float64, factor.device), (torch.float64, "cpu")]
+    for dtype, device in ways:
+        A = factor.to(device, dtype)
+        if last is not None and device == "cpu":
+            mean = A.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+            A = A + 1e-9 * mean * torch.eye(size, dtype=dtype, device=device)
+        try:
+            return torch.linalg.eigh(A).eigenvectors.flip(-1).to(factor)
+        except torch.linalg.LinAlgError as error:
+            last = error
+            told = f"SOAP: eigh failed in {dtype} on {device}; trying another way"
+            warnings.warn(told, stacklevel=1)
+    raise last
 
 
 def refreshed_basis(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,7 +202,7 @@ class SOAP(Optimizer):
             gram = G @ G.mT if side == "L" else G.mT @ G
             factor = S[f"factor_{side}"].lerp_(gram, 1 - beta)
             if step == 0:
-                S[f"basis_{side}"] = torch.linalg.eigh(factor).eigenvectors.flip(-1)
+                S[f"basis_{side}"] = eigenbasis(factor)
             elif step % group["precondition_frequency"] == 0:
                 S[f"basis_{side}"], order = refreshed_basis(factor, S[f"basis_{side}"])
                 axis = -2 if side == "L" else -1

@@ -109,7 +109,6 @@ def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
     p, add = cli.trainer_flags(__doc__, DEMO, FOLDER, SKIPLESS)
     add("--data", "folder with train/<class>/* and val/<class>/*; left out: synthetic images")
     add("--weight-decay", "not on biases, norms and embeddings; 0 .. 0.1", cli.not_negative)
-    add("--grad-accum", "parts a batch is computed in; raise it if memory runs out", cli.count)
     add("--mixup", "alpha of MixUp's beta distribution; 0 is off", cli.not_negative)
     add("--cutmix", "alpha of CutMix's; with both on each batch takes one", cli.not_negative)
     add("--label-smoothing", "share of the target spread over all classes, 0 .. 0.2", cli.share)
@@ -219,6 +218,7 @@ def main() -> None:
         panels=dict(loss="training loss", top1="val top-1, %"),
         checkpoint=checkpoint,
     )
+    del checkpoint  # its copy of the weights and the optimizer's state
     run.describe(model, data_name)
     for epoch in run.epochs():
         model.train()

@@ -63,6 +63,7 @@ DEMO = dict(  # ten synthetic classes, two CPU cores
     epochs=6,
     warmup_epochs=0.5,
     batch_size=64,
+    grad_accum=1,
     drop_path=0.0,
     local_crops=4,
     crop_split=0.5,
@@ -147,7 +148,8 @@ def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
     path = explicit.get("resume")
     checkpoint = files.load_checkpoint(path, "train_ssl") if path else None
     stored = checkpoint and DEMO | checkpoint["args"]
-    return cli.settle(explicit, DEMO, FOLDER, SKIPLESS, stored, cli.FREE_TO_CHANGE), checkpoint
+    free = cli.FREE_TO_CHANGE | {"grad_accum"}  # which up to rounding changes nothing either
+    return cli.settle(explicit, DEMO, FOLDER, SKIPLESS, stored, free), checkpoint
 
 
 # --------------------------------------------------------------------------------------------------
@@ -368,7 +370,7 @@ def main() -> None:
     classes, data_name = train_set.classes, args.data or "Shapes"
     if checkpoint and checkpoint["classes"] != classes:
         cli.fail(f"{data_name} has other classes than the checkpoint was trained on")
-    engine.check_batch_size(args.batch_size, world, len(train_set), data_name)
+    engine.check_batch_size(args.batch_size, world * args.grad_accum, len(train_set), data_name)
     small = local_size(args.image_size, args.patch_size)
     crops = MultiCrop(args.image_size, small, args.local_crops, args.crop_split, args.data is None)
     batches = Batches(len(train_set), args.batch_size, args.seed, True, rank, world)
@@ -405,6 +407,7 @@ def main() -> None:
         panels=dict(loss="training loss") | (dict(knn="k-NN top-1, %") if to_measure else {}),
         checkpoint=checkpoint,
     )
+    del checkpoint  # its copy of the weights and the optimizer's state
     run.describe(student.backbone, data_name)
     engine.say(f"crops   2 of {args.image_size} px and {args.local_crops} of {small} px an image")
     if not to_measure:
@@ -419,18 +422,23 @@ def main() -> None:
         for (global_crops, local_crops), _ in run.steps(loader):
             now = scheduled(run.global_step, run.total_steps, run.warmup_steps, args)
             groups = [normalise(x) for x in (global_crops, local_crops) if x.numel()]
-            with engine.autocast(device, args.amp):
-                with torch.no_grad():  # the teacher sees the global crops only
-                    teacher_features, teacher_logits = target_network(groups[0])
-                _, student_logits = network(*groups)
-            targets = teacher_targets(teacher_logits, centre, now["teacher_temperature"])
-            loss = dino_loss(student_logits, targets, STUDENT_TEMPERATURE)
-            loss.backward()
+            step_loss, seen = 0.0, []
+            for some in engine.micro_batches(network, args.grad_accum, *groups):
+                with engine.autocast(device, args.amp):
+                    with torch.no_grad():  # the teacher sees the global crops only
+                        features, teacher_logits = target_network(some[0])
+                    _, student_logits = network(*some)
+                targets = teacher_targets(teacher_logits, centre, now["teacher_temperature"])
+                loss = dino_loss(student_logits, targets, STUDENT_TEMPERATURE)
+                (loss / args.grad_accum).backward()
+                step_loss += loss.detach() / args.grad_accum
+                seen.append((features, teacher_logits, targets))
+            features, teacher_logits, targets = (torch.cat(x, dim=1) for x in zip(*seen))
             if epoch < FROZEN_EPOCHS:
                 student.head.prototypes.grad = None
             norm = clip_each_(student_parameters, CLIP_GRAD)
             # ends the run if one is not finite
-            run.add(loss=loss, grad_norm=norm, **health(targets, teacher_features))
+            run.add(loss=step_loss, grad_norm=norm, **health(targets, features))
             decayed, plain = optimizer.param_groups
             decayed["lr"] = plain["lr"] = now["lr"]
             decayed["weight_decay"] = now["weight_decay"]
@@ -463,5 +471,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with cli.one_line_errors("make --batch-size smaller, or start more processes"):
+    with cli.one_line_errors("raise --grad-accum"):
         main()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from soap import SOAP, as_matrix_shape, refreshed_basis
+from soap import SOAP, as_matrix_shape, eigenbasis, refreshed_basis
 
 # Rows and columns differ by at most one: then the null space of the first G^T G is at most one
 # line, its eigenbasis is unique up to signs, and two implementations must agree to rounding.
@@ -45,6 +45,46 @@ def test_same_trajectory_as_an_independent_soap():
     for a, b, start in zip(ours_p, theirs_p, parameters()):
         assert torch.allclose(a.flatten(), b.flatten(), rtol=1e-5, atol=1e-9)
         assert not torch.allclose(a, start, rtol=1e-2)
+
+
+def failing(times: int):
+    """torch.linalg.eigh, but for as many calls that fail as on a GPU; and what it is called on."""
+    calls, real = [], torch.linalg.eigh
+
+    def eigh(A):
+        calls.append(A)
+        if len(calls) <= times:
+            raise torch.linalg.LinAlgError("ill-conditioned or too many repeated eigenvalues")
+        return real(A)
+
+    return eigh, calls
+
+
+@pytest.mark.parametrize("times", [0, 1, 2])
+def test_an_eigenbasis_is_found_where_the_float32_solver_fails(times, monkeypatch):
+    """Of a factor of rank 3 in 40 dimensions, as those of the first steps are."""
+    torch.manual_seed(0)
+    X = torch.randn(2, 40, 3)
+    eigh, calls = failing(times)
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    if times:
+        with pytest.warns(UserWarning, match="eigh failed in torch.float"):
+            Q = eigenbasis(X @ X.mT)
+    else:
+        Q = eigenbasis(X @ X.mT)
+    assert [A.dtype for A in calls] == [torch.float32, torch.float64, torch.float64][: times + 1]
+    assert Q.dtype == torch.float32
+    torch.testing.assert_close(Q.mT @ Q, torch.eye(40).expand(2, 40, 40), atol=1e-5, rtol=0)
+    values = (Q.mT @ X @ X.mT @ Q).diagonal(dim1=-2, dim2=-1)
+    expected = torch.linalg.svdvals(X).square()
+    torch.testing.assert_close(values[:, :3], expected, atol=1e-4, rtol=1e-5)
+    assert values[:, 3:].abs().max() < 1e-4
+
+
+def test_a_factor_that_no_solver_takes_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.linalg, "eigh", failing(3)[0])
+    with pytest.raises(torch.linalg.LinAlgError, match="ill-cond"), pytest.warns(UserWarning):
+        eigenbasis(torch.eye(3)[None])
 
 
 def test_one_side_too_long_leaves_the_other():

@@ -328,6 +328,7 @@ def test_an_interrupted_run_resumes_exactly(image_root, tmp_path, monkeypatch, c
     out = tmp_path / "runs/b"
     assert (load(out / "last.pt")["epoch"], load(out / "last.pt")["step"]) == (0, 6)
 
+    open(out / ".lock").close()  # which lets go of this process's lock
     process = start(["--resume", "runs/b/last.pt", "--workers", "2"], tmp_path)
     while process.poll() is None and not (out / "log.jsonl").read_text():
         time.sleep(0.01)
@@ -338,8 +339,10 @@ def test_an_interrupted_run_resumes_exactly(image_root, tmp_path, monkeypatch, c
     assert 0 < load(out / "last.pt")["epoch"] < 6
     (out / "log.jsonl").unlink()  # as if killed before it was written: rebuilt from the checkpoint
     stopped = load(out / "last.pt")
-    torch.save(stopped | dict(seconds=stopped["seconds"] + 3600), out / "last.pt")
+    changed = dict(seconds=stopped["seconds"] + 3600, processes=2)  # as if there had been two
+    torch.save(stopped | changed, out / "last.pt")
     run_main(train_cls.main, ["--resume", "runs/b/last.pt"], tmp_path, monkeypatch)
+    assert "note    2 processes before, 1 now: the same batches" in capsys.readouterr().out
     a, b = load(tmp_path / "runs/a/last.pt"), load(out / "last.pt")
     assert_equal_runs(a, b)
     assert b["history"][-1]["minutes"] > 60  # of all its parts

@@ -308,7 +308,7 @@ def test_two_epochs_equal_the_same_steps_by_hand(
     words = [*RUN, "--data", root, "--out", tmp_path, "--batch-size", 20, "--lr", 0.3]
     words += ["--momentum", 0.7, "--teacher-temperature", 0.06, "--crop-split", 0.3]
     words += ["--drop-path", drop_path, "--local-crops", local_crops]
-    words += ["--skipless", "--init", "identity"] if held else []
+    words += ["--skipless", "--init", "identity", "--grad-accum", 2] if held else []
     run_main(train_ssl.main, words, tmp_path, monkeypatch)
     checkpoint = load(tmp_path / "last.pt")
 
