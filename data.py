@@ -7,6 +7,7 @@ equal an uninterrupted one, and neither does it matter how many loader workers t
 """
 
 import functools
+import hashlib
 import math
 import os
 import signal
@@ -132,6 +133,16 @@ def image_folders(root: str, check: bool, need_val: bool = True):
     if check:
         check_images([path for path, _ in train.samples + (val.samples if val else [])])
     return train, val
+
+
+def listing(dataset: Dataset) -> str:
+    """A hash of the names of a folder's images and their classes; "" of synthetic ones."""
+    if not isinstance(dataset, ImageFolder):
+        return ""
+    names = [
+        f"{Path(path).relative_to(dataset.root)}\t{label}\n" for path, label in dataset.samples
+    ]
+    return hashlib.sha256("".join(names).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------

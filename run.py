@@ -191,10 +191,11 @@ class Run:
 
     def restore(self, checkpoint: dict) -> None:
         had, has = checkpoint["images"], self.facts["images"]
-        if had != has:
+        if (had, checkpoint["listing"]) != (has, self.facts["listing"]):
+            others = f"others, as many ({has})" if had == has else f"{has}"
             fail(
-                f"--resume {self.args.resume}: that run had {had} images, this one {has}; give it "
-                "the same"
+                f"--resume {self.args.resume}: that run had {had} training images, this folder has "
+                f"{others}; give it the same"
             )
         had, has = checkpoint["processes"], self.facts["processes"]
         if had != has:  # a preempted job may come back with others

@@ -29,7 +29,15 @@ import engine
 import files
 import identity_init
 import networks
-from data import Batches, augmentations, image_folder, image_folders, make_loader, normalise
+from data import (
+    Batches,
+    augmentations,
+    image_folder,
+    image_folders,
+    listing,
+    make_loader,
+    normalise,
+)
 from run import Run
 from shapes import Shapes
 
@@ -214,7 +222,12 @@ def main() -> None:
         device,
         batches,
         kept=dict(model=model, ema=ema, optimizer=optimizer),
-        facts=dict(script="train_cls", classes=classes, model_config=model.config),
+        facts=dict(
+            script="train_cls",
+            classes=classes,
+            listing=listing(train_set),
+            model_config=model.config,
+        ),
         panels=dict(loss="training loss", top1="val top-1, %"),
         checkpoint=checkpoint,
     )

@@ -34,7 +34,7 @@ import engine
 import files
 import identity_init
 import networks
-from data import Batches, augmentations, image_folders, make_loader, normalise
+from data import Batches, augmentations, image_folders, listing, make_loader, normalise
 from knn import knn_accuracy
 from minskip import ViT
 from run import Run
@@ -403,7 +403,12 @@ def main() -> None:
             centre=centre,
             optimizer=optimizer,
         ),
-        facts=dict(script="train_ssl", classes=classes, model_config=student.backbone.config),
+        facts=dict(
+            script="train_ssl",
+            classes=classes,
+            listing=listing(train_set),
+            model_config=student.backbone.config,
+        ),
         panels=dict(loss="training loss") | (dict(knn="k-NN top-1, %") if to_measure else {}),
         checkpoint=checkpoint,
     )

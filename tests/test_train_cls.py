@@ -482,7 +482,9 @@ BAD_FLAGS = {
     "--data {root} --epochs x": "argument --epochs: invalid count value",
     "--data {root} --epochs 1 --warmup-epochs 0.95": "leaves no step",
     "--data {root} --out {root}/val/class0/00.png": "cannot make this folder",
-    "--resume {done}/runs/a/last.pt --data {done}/other": "had 60 images, this one 59",
+    "--resume {done}/runs/a/last.pt --data {done}/other": "had 60 .*, this folder has 59; give",
+    "--resume {done}/runs/a/last.pt --data {done}/renamed": r"has others, as many \(60\); give",
+    "--data {root} --out=": "--out: must name a file or folder",
     "--resume {done}/runs/a/last.pt --out {done}/runs/b": "holds a run already",
     "--data {root} --ema 1": r"--ema: must lie in \[0, 1\)",
     "--data {root} --seed 4294967296": "must lie in 0 .. 2",
@@ -502,6 +504,8 @@ def finished_and_others(finished):
     """The folder of `finished`, a copy of its run, and other images."""
     other = make_image_folder(finished[0] / "other")
     (other / "train/class0/00.png").unlink()
+    renamed = make_image_folder(finished[0] / "renamed") / "train/class0"
+    (renamed / "00.png").rename(renamed / "x.png")
     make_image_folder(finished[0] / "three", classes=3)
     shutil.copytree(finished[0] / "runs/a", finished[0] / "runs/b")
     return finished[0]
