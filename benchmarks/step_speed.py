@@ -5,7 +5,8 @@
     python benchmarks/step_speed.py --models small base --device cuda --batch-size 128 --compile
 
 Forward, loss, backward and the optimizer's step on one random batch. The three take turns in one
-process; the ratio of their times is given with its quartiles. bf16 on GPUs that have it.
+process; the ratio of their times is given with its quartiles. bf16 on GPUs that have it; there also
+images/s, and GB: what a step takes at its peak beyond weights and optimizer states.
 """
 
 import argparse
@@ -40,18 +41,23 @@ def networks(name: str, image_size: int) -> dict[str, torch.nn.Module]:
     return dict(timm=timm) | ours
 
 
-def step_times(args: argparse.Namespace, name: str, device: torch.device) -> dict[str, list]:
-    """Network -> seconds of each of --steps training steps, after --warmup others."""
+def step_times(args: argparse.Namespace, name: str, device: torch.device) -> tuple[dict, dict]:
+    """Network -> seconds of each of --steps training steps, after --warmup others; network ->
+    bytes at a step's peak, on a GPU."""
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=device)
     labels = torch.arange(args.batch_size, device=device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    cuda = device.type == "cuda"
+    wait = torch.cuda.synchronize if cuda else (lambda: None)
     nets = {kind: net.to(device) for kind, net in networks(name, args.image_size).items()}
     optimizers = {k: engine.build_optimizer(net, args.opt, 1e-4, 0.05) for k, net in nets.items()}
     forwards = {k: torch.compile(net) if args.compile else net for k, net in nets.items()}
-    times = {kind: [] for kind in nets}
+    times, peaks = {kind: [] for kind in nets}, {}
     for _ in range(args.warmup + args.steps):
         for kind, forward in forwards.items():
             wait()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+                held = torch.cuda.memory_allocated()
             begun = time.perf_counter()
             with engine.autocast(device, "auto"):
                 loss = F.cross_entropy(forward(images).float(), labels)
@@ -60,7 +66,9 @@ def step_times(args: argparse.Namespace, name: str, device: torch.device) -> dic
             optimizers[kind].zero_grad()
             wait()
             times[kind].append(time.perf_counter() - begun)
-    return {kind: x[args.warmup :] for kind, x in times.items()}
+            if cuda:
+                peaks[kind] = torch.cuda.max_memory_allocated() - held
+    return {kind: x[args.warmup :] for kind, x in times.items()}, peaks
 
 
 def main() -> None:
@@ -85,13 +93,16 @@ def main() -> None:
         f"{mode}, {args.opt}, batch {args.batch_size}"
     )
     for name in args.models:
-        times = step_times(args, name, device)
+        times, peaks = step_times(args, name, device)
         print(f"{name:6s} timm {1000 * median(times['timm']):.0f} ms", end="")
         for kind in OURS:
             ratios = [ours / timm for ours, timm in zip(times[kind], times["timm"])]
             low, middle, high = quantiles(ratios, n=4)
             print(f", {kind} {middle:.3f} ({low:.3f} .. {high:.3f}) of that", end="")
         print()
+        for kind, peak in peaks.items():
+            rate = args.batch_size / median(times[kind])
+            print(f"       {kind:<8} {rate:7.0f} images/s, {peak / 1e9:5.2f} GB")
 
 
 if __name__ == "__main__":

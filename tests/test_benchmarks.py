@@ -68,7 +68,8 @@ def test_a_step_s_time_is_that_of_its_network(monkeypatch):
     before = nets["residual"][1].weight.clone()
     words = dict(batch_size=2, image_size=16, opt="adamw", compile=False, warmup=1, steps=4)
     args = bench.argparse.Namespace(**words)
-    times = bench.step_times(args, "any", torch.device("cpu"))
+    times, peaks = bench.step_times(args, "any", torch.device("cpu"))
+    assert not peaks
     assert [len(x) for x in times.values()] == [4, 4] and Slow.calls == 5
     assert all(0.03 <= x < 0.3 for x in times["timm"])
     assert min(times["residual"]) < 0.02
@@ -103,3 +104,37 @@ def test_the_soaps_are_told_apart(tmp_path, monkeypatch, capsys):
     numbers = [float(x) for x in re.findall(NUMBER, capsys.readouterr().out.split("ms a step")[1])]
     ours, peer, _, ratio, _, _ = numbers
     assert 10 <= ours < 25 and 30 <= peer < 60 and 1.5 < ratio < 3.5
+
+
+def test_the_gpu_s_script_runs_all_and_tells_what_failed(tmp_path, monkeypatch, capsys):
+    bench = load("gpu")
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    (tmp_path / "good.py").write_text("import sys; print('fine', *sys.argv[1:])")
+    (tmp_path / "bad.py").write_text("import sys; print('so far'); sys.exit('error: no')")
+    (tmp_path / "slow.py").write_text("import time; print('begun', flush=True); time.sleep(60)")
+    monkeypatch.setattr(bench, "COMMANDS", ["good.py --out {out}/a", "bad.py", "slow.py"])
+    words = "--device cpu --out o --patience 2".split()
+    run_main(bench.main, words, tmp_path, monkeypatch)
+    report = (tmp_path / "o.txt").read_text()
+    said = capsys.readouterr().out
+    assert said.startswith("$ python good.py") and said.endswith("o.txt\n")
+    good, bad, slow = report.split("$ python ")[1:]
+    assert f"good.py --out {tmp_path}/o/a --device cpu\nfine --out" in good and "ended" not in good
+    assert "so far\nerror: no\nended with code 1" in bad
+    assert "begun\nstopped after 2 s" in slow
+
+
+def test_the_gpu_s_commands_are_commands():
+    """Every script and flag of them exists."""
+    bench = load("gpu")
+    for command in bench.COMMANDS:
+        script, *words = command.format(out="o").split()
+        text = (ROOT / script).read_text() + (ROOT / "cli.py").read_text()
+        assert all(word in text for word in words if word.startswith("--")), command
+
+
+def test_without_a_gpu_its_script_says_so(tmp_path, monkeypatch, capsys):
+    bench = load("gpu")
+    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: False)
+    done = run_here(bench.main, [], tmp_path, monkeypatch, capsys)
+    assert_fails_in_one_line(done, "no CUDA device found here")

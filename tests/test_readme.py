@@ -57,6 +57,7 @@ SHORT = {
     "convergence.py": "--seeds 1 --limit 50 --out {out}",
     "sweep.py": "--classes 2 --arms residual --depths 1 --opts adamw --rates 1e-3 --seeds 0 "
     "--epochs 1 --tune-epochs 1 --work {out}",
+    "gpu.py": "--device cpu --patience 1 --out {out}",
     "soap_speed.py": "--model nano --tens 2 --device cpu",
     "init_speed.py": "--models nano --repeats 1",
     "step_speed.py": "--models tiny --steps 2 --warmup 1 --batch-size 2 --image-size 32 "

@@ -1,0 +1,75 @@
+"""Every figure that needs a GPU, in one go: to be run on the day one is there.
+
+    python benchmarks/gpu.py                       about a quarter of an hour; writes runs/gpu.txt
+
+1. A first sign of life: both trainers' demos on the GPU, in bf16 where it has it.
+2. Training steps against timm's, eager and compiled, with AdamW and SOAP, and their peak memory.
+3. SOAP's step against pytorch-optimizer's.
+
+Each command is printed before what it says. One that fails is told, and the next is run.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cli
+import files
+
+ROOT = Path(cli.__file__).parent
+COMMANDS = [
+    "train_cls.py --skipless --out {out}/cls",
+    "train_ssl.py --skipless --epochs 2 --out {out}/ssl",
+    "benchmarks/step_speed.py --models tiny small base --batch-size 128",
+    "benchmarks/step_speed.py --models tiny small base --batch-size 128 --compile",
+    "benchmarks/step_speed.py --models small base --batch-size 128 --opt soap --compile",
+    "benchmarks/soap_speed.py --model small",
+    "benchmarks/soap_speed.py --model base",
+]
+
+
+def run(command: str, device: str, patience: int) -> str:
+    """What a command says, with how it ended if not well."""
+    words = [sys.executable, *f"{command} --device {device}".split()]
+    begun = time.time()
+    try:
+        how = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=patience)
+        done = subprocess.run(words, cwd=ROOT, **how)
+        end = "" if done.returncode == 0 else f"ended with code {done.returncode}\n"
+        said = done.stdout
+    except subprocess.TimeoutExpired as error:
+        said, end = (error.stdout or b"").decode(), f"stopped after {patience} s\n"
+    return f"$ python {' '.join(words[1:])}\n{said}{end}({time.time() - begun:.0f} s)\n\n"
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.error, add = cli.fail, p.add_argument
+    add("--device", default="cuda", help="[cuda]")
+    add("--out", type=Path, default=Path("runs/gpu"), help="folder of the demos' runs [runs/gpu]")
+    add("--patience", type=cli.count, default=300, help="seconds a command may take [300]")
+    args = p.parse_args()
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        cli.fail(f"--device {args.device}: no CUDA device found here; run it where there is one")
+    files.make_folder(args.out)
+    report = args.out.with_suffix(".txt")
+    text = f"torch {torch.__version__}\n"
+    if args.device.startswith("cuda"):
+        card = torch.cuda.get_device_properties(args.device)
+        text += f"{card.name}, {card.total_memory / 2**30:.0f} GiB\n"
+    for command in COMMANDS:
+        said = run(command.format(out=args.out.absolute()), args.device, args.patience)
+        print(said, flush=True)
+        text += said
+        files.write_atomically(report, lambda path, text=text: path.write_text(text))
+    print(report)
+
+
+if __name__ == "__main__":
+    main()
