@@ -97,6 +97,15 @@ def mean_over_processes(x: Tensor) -> Tensor:
     return x / dist.get_world_size()
 
 
+@torch.no_grad()
+def share_weights(model: nn.Module) -> nn.Module:
+    """The first process's weights in all: machines of two kinds may round one draw differently."""
+    if dist.is_initialized():
+        for x in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(x, 0)
+    return model
+
+
 def in_processes(network: nn.Module, device: torch.device) -> nn.Module:
     """The network with gradients averaged over the processes, where there are several."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -210,6 +210,7 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     model = networks.build_vit(args, len(classes), checkpoint).to(device)
+    engine.share_weights(model)  # before they are copied
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
     optimizer = engine.build_optimizer(model, args.opt, args.lr, args.weight_decay)
     if args.init == "identity":

@@ -379,7 +379,7 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     backbone = networks.build_vit(args, 0, checkpoint)
-    student = Network(backbone, args.prototypes).to(device)
+    student = engine.share_weights(Network(backbone, args.prototypes).to(device))
     teacher = copy.deepcopy(student).requires_grad_(False).eval()  # eval: no drop-path
     teacher_parameters, student_parameters = list(teacher.parameters()), list(student.parameters())
     centre = torch.zeros(args.prototypes, device=device)

@@ -567,3 +567,13 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(
     words[-1] = "other"
     done = run_here(train_cls.main, words, tmp_path, monkeypatch, capsys)
     assert_fails_in_one_line(done, r"other: cannot write here \(Is a directory\)")
+
+
+def test_the_first_process_s_weights_are_all_processes_s(monkeypatch):
+    model = nn.BatchNorm1d(3)
+    engine.share_weights(model)
+    assert model.weight.tolist() == [1.0] * 3  # a single process
+    monkeypatch.setattr(engine.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(engine.dist, "broadcast", lambda x, source: x.fill_(7 + source))
+    engine.share_weights(model)
+    assert all((x == 7).all() for x in model.state_dict().values())
