@@ -117,6 +117,7 @@ CLIP_GRAD = 3.0  # largest norm of each parameter's gradient by itself
 FROZEN_EPOCHS = 1  # of the prototypes
 ADAMW_BETAS = (0.9, 0.999)
 
+SMALL_SET = 100_000  # images; of a larger one k-NN before training would take long
 SHAPES_TRAIN, SHAPES_VAL = 5_000, 2_000
 
 
@@ -417,7 +418,7 @@ def main() -> None:
     engine.say(f"crops   2 of {args.image_size} px and {args.local_crops} of {small} px an image")
     if not to_measure:
         engine.say(f"k-NN    off: {args.data} has no val/ to measure on")
-    elif not run.history:
+    elif not run.history and len(train_set) <= SMALL_SET:
         knn = knn_accuracy(teacher.backbone, *to_measure, device, args.amp)
         run.history.append(dict(epoch=0, knn=knn))
         engine.say(f"epoch   0  k-NN {knn:.1f} % before training")

@@ -416,11 +416,16 @@ def test_collapse_is_said_once_in_one_line(image_root, tmp_path, monkeypatch, ca
     assert len(said) == 1
 
 
-def test_adamw_has_dinos_betas(image_root, tmp_path, monkeypatch):
-    words = [*RUN, "--data", image_root, "--opt", "adamw", "--epochs", "1", "--out", "a"]
-    run_main(train_ssl.main, [*words, "--warmup-epochs", "0"], tmp_path, monkeypatch)
-    group = load(tmp_path / "a/last.pt")["optimizer"]["param_groups"][0]
-    assert tuple(group["betas"]) == (0.9, 0.999)
+def test_adamw_has_dinos_betas_and_a_large_set_no_first_pass(image_root, tmp_path, monkeypatch):
+    """And no k-NN is measured before training on a large set: a pass over it."""
+    words = [*RUN, "--data", image_root, "--opt", "adamw", "--epochs", "1", "--warmup-epochs", "0"]
+    for most, out, first in ((60, "a", 0), (59, "b", 1)):
+        monkeypatch.setattr(train_ssl, "SMALL_SET", most)
+        run_main(train_ssl.main, [*words, "--out", out], tmp_path, monkeypatch)
+        checkpoint = load(tmp_path / out / "last.pt")
+        group = checkpoint["optimizer"]["param_groups"][0]
+        assert tuple(group["betas"]) == (0.9, 0.999)
+        assert checkpoint["history"][0]["epoch"] == first and checkpoint["history"][0]["knn"]
 
 
 def test_an_interrupted_run_resumes_exactly(image_root, tmp_path, monkeypatch, capsys):
