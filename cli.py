@@ -22,6 +22,7 @@ CORES = min(8, os.cpu_count() or 1)
 
 # Flags that may differ between a run and its continuation without changing its result.
 FREE_TO_CHANGE = {"data", "out", "device", "workers", "compile", "resume", "eval"}
+FREE_TO_CHANGE |= {"checkpoint_activations"}
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -190,6 +191,11 @@ def trainer_flags(description: str, demo: dict, folder: dict, skipless: dict):
     )
     add("--batch-size", "images a step, over all processes", count)
     add("--grad-accum", "parts a batch is computed in; raise it if memory runs out", count)
+    add(
+        "--checkpoint-activations",
+        "compute activations twice rather than keep them: much less memory, a third more time",
+        action="store_true",
+    )
     add("--epochs", "passes over the training images", count)
     add(
         "--warmup-epochs",

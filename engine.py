@@ -1,10 +1,11 @@
 """What both trainers need and neither explains: devices, processes, the optimizer, its rate."""
 
+import functools
 import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from cli import fail
@@ -111,6 +113,13 @@ def in_processes(network: nn.Module, device: torch.device) -> nn.Module:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return network
     return DistributedDataParallel(network, [device.index] if device.type == "cuda" else None)
+
+
+def checkpoint_activations_(blocks: Iterable[nn.Module]) -> None:
+    """Keep each block's input alone for the backward pass, which computes the rest again: much less
+    memory for a third more time."""
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def micro_batches(network: nn.Module, parts: int, *tensors: Tensor) -> Iterator[tuple]:

@@ -65,6 +65,7 @@ DEMO = dict(  # ten synthetic classes, two CPU cores
     warmup_epochs=0.5,
     batch_size=64,
     grad_accum=1,
+    checkpoint_activations=False,
     weight_decay=0.01,
     clip_grad=1.0,
     label_smoothing=0.0,
@@ -215,6 +216,8 @@ def main() -> None:
     optimizer = engine.build_optimizer(model, args.opt, args.lr, args.weight_decay)
     if args.init == "identity":
         identity_init.hold_pairs(optimizer, model)
+    if args.checkpoint_activations:
+        engine.checkpoint_activations_(model.blocks)
     network = engine.in_processes(torch.compile(model) if args.compile else model, device)
 
     run = Run(

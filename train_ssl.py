@@ -64,6 +64,7 @@ DEMO = dict(  # ten synthetic classes, two CPU cores
     warmup_epochs=0.5,
     batch_size=64,
     grad_accum=1,
+    checkpoint_activations=False,
     drop_path=0.0,
     local_crops=4,
     crop_split=0.5,
@@ -387,6 +388,8 @@ def main() -> None:
     optimizer = engine.build_optimizer(student, args.opt, args.lr, WEIGHT_DECAY[0], ADAMW_BETAS)
     if args.init == "identity":
         identity_init.hold_pairs(optimizer, backbone)
+    if args.checkpoint_activations:
+        engine.checkpoint_activations_(backbone.blocks)
     network, target_network = student, teacher
     if args.compile:
         network, target_network = torch.compile(student), torch.compile(teacher)

@@ -65,6 +65,18 @@ def float64_sgd(monkeypatch):
     data.channel_statistics.cache_clear()
 
 
+def passes_computed_twice(monkeypatch) -> list:
+    """Of a run in this process: an entry for each block's pass whose activations are not kept."""
+    passes, real = [], engine.checkpoint
+
+    def counted(*args, **kind):
+        passes.append(args)
+        return real(*args, **kind)
+
+    monkeypatch.setattr(engine, "checkpoint", counted)
+    return passes
+
+
 def share_of(name: str, p) -> torch.Tensor:
     """Of a step, what each entry takes with the identity init: the pairs a tenth."""
     share = torch.ones_like(p)

@@ -19,6 +19,7 @@ from conftest import (
     SMALL,
     assert_fails_in_one_line,
     make_image_folder,
+    passes_computed_twice,
     run_here,
     run_main,
     run_script,
@@ -135,8 +136,11 @@ def test_two_epochs_equal_the_same_steps_by_hand(
     """Every switch on, then every switch off: weights, averages, losses and accuracies."""
     on, held = init is None, init == "identity"
     words = [*SMALL, "--data", image_root, "--out", tmp_path, "--batch-size", 20]
-    words += (ON if on else f"{OFF} {init}").split() + ([] if ema else ["--ema", 0])
+    words += (ON if on else f"{OFF} {init}").split()
+    words += [] if ema else ["--ema", 0, "--checkpoint-activations"]
+    twice = passes_computed_twice(monkeypatch)
     run_main(train_cls.main, words, tmp_path, monkeypatch)
+    assert bool(twice) == (not ema)
     checkpoint = load(tmp_path / "last.pt")
 
     torch.manual_seed(0)

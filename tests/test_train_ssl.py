@@ -17,6 +17,7 @@ from conftest import (
     SMALL,
     assert_fails_in_one_line,
     make_image_folder,
+    passes_computed_twice,
     run_here,
     run_main,
     run_script,
@@ -309,7 +310,10 @@ def test_two_epochs_equal_the_same_steps_by_hand(
     words += ["--momentum", 0.7, "--teacher-temperature", 0.06, "--crop-split", 0.3]
     words += ["--drop-path", drop_path, "--local-crops", local_crops]
     words += ["--skipless", "--init", "identity", "--grad-accum", 2] if held else []
+    words += ["--checkpoint-activations"] if held or drop_path else []
+    twice = passes_computed_twice(monkeypatch)
     run_main(train_ssl.main, words, tmp_path, monkeypatch)
+    assert bool(twice) == bool(held or drop_path)
     checkpoint = load(tmp_path / "last.pt")
 
     torch.manual_seed(0)
