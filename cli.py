@@ -16,7 +16,7 @@ import torch
 
 import identity_init
 from minskip import PRESETS
-from variants import CHOICES, GRID_ATTENTIONS, STANDARD
+from variants import CHOICES, GRID_ATTENTIONS, STANDARD, STARTS
 
 CORES = min(8, os.cpu_count() or 1)
 
@@ -46,7 +46,7 @@ def one_line_errors(memory_advice: str) -> Iterator[None]:
         fail(f"{error}; usually a gradient is not finite: use a smaller --lr", code=1)
     except RuntimeError as error:
         text = str(error)
-        if "DataLoader worker" in text or "DataLoader timed out" in text:
+        if "DataLoader worker (pid" in text or "DataLoader timed out" in text:
             fail(
                 f"loading images: {text.splitlines()[0]}; usually memory, or a small /dev/shm: use "
                 "fewer --workers, or 0",
@@ -263,8 +263,12 @@ def settle(
     if varied and settings["skipless"]:  # what --init identity is not made for
         settings |= dict(init="paper") | explicit
     settings["init"] = picked(settings["init"], settings["model"])
-    if settings["norm"] == "none":
+    W_Q, _, W_V, _ = STARTS[settings["attention"]]
+    if settings["norm"] == "none" or W_V == "orthogonal":
         settings |= dict(c=1.0) | explicit  # no norm cancels it: c = 3 makes tokens of 1e9
+    for name, start in (("alpha", W_Q), ("beta", W_Q), ("c", W_V)):
+        if name in explicit and start != "as --init":
+            fail(f"--{name} is not part of --attention {settings['attention']}; leave it out")
     if settings["attention"] in GRID_ATTENTIONS:
         settings |= dict(pool="mean") | explicit
     if settings["init"] == "identity":

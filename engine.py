@@ -5,7 +5,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from cli import fail
+from minskip import ViT
 from soap import SOAP
 
 # --------------------------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ def say(text: str) -> None:
     if main_process():
         try:
             print(text, flush=True)
-        except BrokenPipeError:  # piped into head; from now on into nothing
+        except OSError:  # piped into head, or the terminal is gone; from now on into nothing
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -115,11 +116,21 @@ def in_processes(network: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(network, [device.index] if device.type == "cuda" else None)
 
 
-def checkpoint_activations_(blocks: Iterable[nn.Module]) -> None:
-    """Keep each block's input alone for the backward pass, which computes the rest again: much less
-    memory for a third more time."""
-    for block in blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+def computed_twice(forward: Callable, grid: dict, x: Tensor) -> Tensor:
+    """forward(x), whose insides the backward pass computes again, for images of the same grid."""
+    at = dict(grid)
+
+    def compute(x: Tensor) -> Tensor:
+        grid.update(at)
+        return forward(x)
+
+    return checkpoint(compute, x, use_reentrant=False)
+
+
+def checkpoint_activations_(model: ViT) -> None:
+    """Keep each block's input alone for the backward pass: much less memory, a third more time."""
+    for block in model.blocks:
+        block.forward = functools.partial(computed_twice, block.forward, model.grid)
 
 
 def micro_batches(network: nn.Module, parts: int, *tensors: Tensor) -> Iterator[tuple]:

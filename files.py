@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import torch.distributed as dist
 
 from cli import fail
 
-FORMAT = "minskip-2"
-PARTS = dict(args=dict, model_config=dict, model=dict, classes=list, epoch=int)  # of a checkpoint
+FORMAT = "minskip-3"
+PARTS = dict(  # of a checkpoint, beside the optimizer's state and the like
+    args=dict, model_config=dict, model=dict, classes=list, listing=str, images=int, processes=int,
+    epoch=int, step=int, seconds=float, history=list, sums=dict,
+)  # fmt: skip
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -45,10 +49,12 @@ def lock(folder: Path) -> None:
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        other = os.read(descriptor, 20).decode()
+        other = os.read(descriptor, 200).decode()
         fail(f"{folder} is in use by process {other}; wait for it, or name another folder")
+    except OSError:  # a file system without locks
+        return
     os.ftruncate(descriptor, 0)
-    os.write(descriptor, str(os.getpid()).encode())
+    os.write(descriptor, f"{os.getpid()} on {socket.gethostname()}".encode())
 
 
 def run_folder(out: str | None, stem: str, seed: int, resume: str | None = None) -> Path:

@@ -120,6 +120,8 @@ def load_(target, state, checkpoint: dict) -> None:
     """target.load_state_dict(state), or the end of the program in one line."""
     try:
         target.load_state_dict(state)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a state that nobody saved makes it stumble over
         kind = type(error).__name__
         fail(f"checkpoint {checkpoint['path']} is damaged ({kind}); use another")

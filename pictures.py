@@ -26,9 +26,9 @@ def colour_of(name: str, others: list[str]) -> str:
     others: all names of the picture, so that those of no known arm are told apart.
     """
     for arm, colour in ARM_COLOURS.items():
-        if arm in name:
+        if arm in name and "+" not in name:  # behind a + are parts of `variants.py`
             return colour
-    strangers = [n for n in others if not any(arm in n for arm in ARM_COLOURS)]
+    strangers = [n for n in others if "+" in n or not any(arm in n for arm in ARM_COLOURS)]
     return OTHER_COLOURS[strangers.index(name) % len(OTHER_COLOURS)]
 
 

@@ -76,7 +76,8 @@ class Run:
             files.write_log(self.out / "log.jsonl", self.history)  # fails now if it ever will
         self.signal = 0
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self.receive)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self.receive)
         self.started = time.time()
 
     @property

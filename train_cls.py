@@ -217,7 +217,7 @@ def main() -> None:
     if args.init == "identity":
         identity_init.hold_pairs(optimizer, model)
     if args.checkpoint_activations:
-        engine.checkpoint_activations_(model.blocks)
+        engine.checkpoint_activations_(model)
     network = engine.in_processes(torch.compile(model) if args.compile else model, device)
 
     run = Run(

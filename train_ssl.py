@@ -389,7 +389,7 @@ def main() -> None:
     if args.init == "identity":
         identity_init.hold_pairs(optimizer, backbone)
     if args.checkpoint_activations:
-        engine.checkpoint_activations_(backbone.blocks)
+        engine.checkpoint_activations_(backbone)
     network, target_network = student, teacher
     if args.compile:
         network, target_network = torch.compile(student), torch.compile(teacher)

@@ -19,9 +19,10 @@ activation  `gelu`; `tat`, the leaky ReLU whose slope lets the MLPs of all L blo
             tokens into tokens of a chosen correlation, no more
 
 Sources: value-skipinit, u-spa and e-spa He et al. 2023 (arXiv 2302.10322; causal there, the forms
-for tokens that see each other are ours); shaped: He and Hofmann 2023 (arXiv 2311.01906); DyT: Zhu
-et al. 2025 (arXiv 2503.10622); Derf and what DyT and it do to gradients: arXiv 2604.11890; TAT:
-Zhang et al. 2022 (arXiv 2203.08120).
+for tokens that see each other are ours); shaped: Noci et al. 2023 (arXiv 2306.17759), its numbers a
+head: He and Hofmann 2023 (arXiv 2311.01906); DyT: Zhu et al. 2025 (arXiv 2503.10622); Derf: Chen et
+al. 2025 (arXiv 2512.10938); what both do to gradients: arXiv 2604.11890; TAT: Zhang et al. 2022
+(arXiv 2203.08120).
 """
 
 import functools
@@ -117,7 +118,7 @@ def each(head: Tensor) -> Tensor:
 
 
 class ValueSkipInit(Attention):
-    """A = alpha I + beta P, a pair of numbers a head. He et al. 2023, abstract."""
+    """A = alpha I + beta P, a pair of numbers a head. He et al. 2023."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__(dim, num_heads)
@@ -154,6 +155,7 @@ class Shaped(ValueSkipInit):
 # with the products of the tokens of a block's input as Sigma', and W_Q = 0 at the start.
 
 
+@torch.compiler.disable  # which would trace into the cached function
 @functools.cache  # a device's too: a tensor from the CPU in every step would wait for the GPU
 def u_spa(
     rows: int, columns: int, now: float, before: float, dtype: torch.dtype, device: torch.device
@@ -180,6 +182,7 @@ def line_kernel(n: int, gamma: float, power: float = 1.0) -> Tensor:
     return V * S**power @ V.T
 
 
+@torch.compiler.disable
 @functools.cache
 def e_spa(
     rows: int, columns: int, now: float, before: float, dtype: torch.dtype, device: torch.device
@@ -357,6 +360,8 @@ def vary_(
         )
     if placement == "post" and norm == "none":
         raise ValueError("without norms there is nothing to place before or after")
+    if activation == "tat" and model.config["residual"]:
+        raise ValueError("tat's slope is made for a network without skips")
     if model.config["diagonal_bias"] and changed:
         raise ValueError("the identity init is made for the standard LayerNorm, attention and GELU")
     slope = tat_slope(len(blocks)) if activation == "tat" else None

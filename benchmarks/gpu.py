@@ -1,6 +1,6 @@
 """Every figure that needs a GPU, in one go: to be run on the day one is there.
 
-    python benchmarks/gpu.py                       about a quarter of an hour; writes runs/gpu.txt
+    python benchmarks/gpu.py                       about a quarter of an hour; writes report.txt
 
 1. A first sign of life: both trainers' demos on the GPU, in bf16 where it has it.
 2. Training steps against timm's, eager and compiled, with AdamW and SOAP, and their peak memory.
@@ -44,7 +44,7 @@ def run(command: str, device: str, patience: int) -> str:
         end = "" if done.returncode == 0 else f"ended with code {done.returncode}\n"
         said = done.stdout
     except subprocess.TimeoutExpired as error:
-        said, end = (error.stdout or b"").decode(), f"stopped after {patience} s\n"
+        said, end = (error.stdout or b"").decode(errors="replace"), f"stopped after {patience} s\n"
     return f"$ python {' '.join(words[1:])}\n{said}{end}({time.time() - begun:.0f} s)\n\n"
 
 
@@ -52,13 +52,14 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.error, add = cli.fail, p.add_argument
     add("--device", default="cuda", help="[cuda]")
-    add("--out", type=Path, default=Path("runs/gpu"), help="folder of the demos' runs [runs/gpu]")
+    now = time.strftime("runs/gpu-%Y%m%d-%H%M%S")
+    add("--out", type=Path, default=Path(now), help="folder of report and runs [runs/gpu-DATE]")
     add("--patience", type=cli.count, default=300, help="seconds a command may take [300]")
     args = p.parse_args()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         cli.fail(f"--device {args.device}: no CUDA device found here; run it where there is one")
     files.make_folder(args.out)
-    report = args.out.with_suffix(".txt")
+    report = args.out / "report.txt"
     text = f"torch {torch.__version__}\n"
     if args.device.startswith("cuda"):
         card = torch.cuda.get_device_properties(args.device)

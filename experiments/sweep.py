@@ -292,9 +292,9 @@ def draw(path: Path, curves: dict[tuple, np.ndarray], title: str) -> None:
     panels = sorted({(opt, depth) for opt, depth, _ in curves})
     size = dict(figsize=(4.2 * len(panels), 3.6), layout="constrained")
     figure, axes = pictures.plt.subplots(1, len(panels), sharey=True, squeeze=False, **size)
-    lines = {}
+    lines, arms = {}, list(dict.fromkeys(arm for _, _, arm in curves))
     for (opt, depth, arm), (epochs, middle, lowest, highest) in curves.items():
-        ax, colour = axes[0][panels.index((opt, depth))], pictures.colour_of(arm, [arm])
+        ax, colour = axes[0][panels.index((opt, depth))], pictures.colour_of(arm, arms)
         [lines[arm]] = ax.plot(epochs, middle, color=colour, marker=".")
         ax.fill_between(epochs, lowest, highest, color=colour, alpha=0.2, linewidth=0)
         ax.set_xlabel("epoch")

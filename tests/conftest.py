@@ -26,6 +26,11 @@ SMALL = "--model nano --depth 2 --image-size 16 --patch-size 8 --batch-size 12 -
 SMALL += "--epochs 2 --warmup-epochs 1 --workers 0".split()
 
 
+OTHER_PARTS = dict(  # of a checkpoint that a test makes
+    listing="", images=1, processes=1, step=0, seconds=0.0, history=[], sums={}
+)  # fmt: skip
+
+
 def make_image_folder(root: Path, classes: int = 5) -> Path:
     """ROOT/{train,val}/classN/*.png: 60 and 30 synthetic images of 24 x 24 pixels."""
     for split, count in (("train", 60), ("val", 30)):

@@ -112,6 +112,20 @@ def test_a_killed_worker_ends_the_program_in_one_line(capsys):
     assert re.match(r"error: loading images: DataLoader worker .* fewer --workers, or 0", message)
 
 
+class Wrong(Shapes):
+    def __getitems__(self, indices):
+        raise RuntimeError("shapes do not fit")
+
+
+def test_a_mistake_in_a_worker_is_not_called_a_lack_of_memory():
+    batches = Batches(8, 4, seed=0, shuffle=True)
+    loader = make_loader(Wrong("train", 8, 16), v2.Identity(), batches, 1, torch.device("cpu"))
+    iterator = iter(loader)
+    with pytest.raises(RuntimeError, match="shapes do not fit"), one_line_errors("-"):
+        next(iterator)
+    iterator._shutdown_workers()  # they heed no signal, and the error's frames hold the iterator
+
+
 def test_seeds_of_neighbours_are_unrelated():
     steps = [(epoch, step) for epoch in range(30) for step in range(30)]
     seeds = [seed for numbers in steps for seed in mixed_seeds(1, *numbers)]

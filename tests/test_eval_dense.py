@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_fails_in_one_line, run_here, run_main, run_script
+from conftest import OTHER_PARTS, assert_fails_in_one_line, run_here, run_main, run_script
 from einops import einsum, rearrange
 from PIL import Image
 from scipy.ndimage import binary_propagation
@@ -46,7 +46,7 @@ def network(pool: str = "cls", residual: bool = False, image_size: int = 16, **m
 def save(path, model: ViT, ema: dict | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = dict(script="train_cls", args=ARGS, model_config=model.config, ema=ema)
-    facts |= dict(classes=[], epoch=1)
+    facts |= dict(classes=[], epoch=1, **OTHER_PARTS)
     files.save_checkpoint(path, facts | dict(model=model.state_dict()))
 
 

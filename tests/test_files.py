@@ -3,12 +3,13 @@
 import os
 import pickle
 import re
+import socket
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import OTHER_PARTS, ROOT
 
 import networks
 from files import load_checkpoint, lock, save_checkpoint, write_atomically
@@ -20,7 +21,7 @@ SHAPE = dict(image_size=8, patch_size=4, num_classes=3, dim=16, depth=2, num_hea
 def content(**changed) -> dict:
     """A small checkpoint."""
     model = ViT(**SHAPE)
-    parts = dict(script="train_cls", args={}, classes=["a", "b", "c"], epoch=1)
+    parts = dict(script="train_cls", args={}, classes=["a", "b", "c"], epoch=1, **OTHER_PARTS)
     return parts | dict(model=model.state_dict(), model_config=model.config) | changed
 
 
@@ -135,6 +136,23 @@ def test_a_whole_checkpoint_gives_the_network_back(tmp_path):
     torch.testing.assert_close(model.state_dict(), whole["model"])
 
 
+def test_memory_that_runs_out_is_not_called_damage():
+    class Large(torch.nn.Module):
+        def load_state_dict(self, state):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        networks.load_(Large(), {}, dict(path="x"))
+
+
+def test_where_a_disk_has_no_locks_runs_go_without(tmp_path, monkeypatch):
+    def unknown(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("files.fcntl.lockf", unknown)
+    lock(tmp_path)
+
+
 def test_a_folder_is_one_process_s_at_a_time(tmp_path, capsys):
     lock(tmp_path)
     code = f"import files, pathlib; files.lock(pathlib.Path({str(tmp_path)!r}))"
@@ -142,6 +160,6 @@ def test_a_folder_is_one_process_s_at_a_time(tmp_path, capsys):
     other = subprocess.run([sys.executable, "-c", code], **words)
     assert other.returncode == 2
     assert other.stderr == (
-        f"error: {tmp_path} is in use by process {os.getpid()}; wait for it, or name another "
-        "folder\n"
+        f"error: {tmp_path} is in use by process {os.getpid()} on {socket.gethostname()}; wait for "
+        "it, or name another folder\n"
     )

@@ -8,7 +8,7 @@ import statistics
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_fails_in_one_line, run_here, run_main
+from conftest import OTHER_PARTS, assert_fails_in_one_line, run_here, run_main
 from PIL import Image
 from torch import Tensor, nn
 
@@ -559,7 +559,7 @@ def a_checkpoint(folder, seed: int = 0, **changed) -> dict:
     born = {name: p.clone() for name, p in model.state_dict().items()}
     weights = {name: 1.5 * p for name, p in born.items()}
     content = dict(script="train_cls", model_config=model.config, model=weights, args=args)
-    content |= dict(classes=[], epoch=1)
+    content |= dict(classes=[], epoch=1, **OTHER_PARTS)
     folder.mkdir(parents=True)
     files.save_checkpoint(folder / "last.pt", content)
     return {"before training": born, "trained": weights, "config": model.config}

@@ -395,6 +395,16 @@ def test_a_closed_terminal_is_heeded_and_a_reader_that_leaves_is_not(image_root,
     process.stderr.close()
 
 
+def test_under_nohup_a_closed_terminal_is_ignored(image_root, tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        words = ["--data", image_root, *SMALL, "--batch-size", "60", "--out", "run"]
+        run_main(train_cls.main, words, tmp_path, monkeypatch)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_two_runs_do_not_share_a_folder(image_root, tmp_path, monkeypatch, capsys):
     args = ["--data", image_root, *SMALL, "--out", "run"]
     (tmp_path / "run").mkdir()
@@ -404,7 +414,7 @@ def test_two_runs_do_not_share_a_folder(image_root, tmp_path, monkeypatch, capsy
         other.stdout.readline()
         done = run_here(train_cls.main, args, tmp_path, monkeypatch, capsys)
         other.kill()
-    assert_fails_in_one_line(done, f"run is in use by process {other.pid}; wait")
+    assert_fails_in_one_line(done, f"run is in use by process {other.pid} on .*; wait")
 
 
 @pytest.mark.parametrize("broken", ["gradient", "weights"])

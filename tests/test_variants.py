@@ -18,6 +18,7 @@ import files
 import jacobian_probe
 import jacobians
 import networks
+import pictures
 import train_cls
 import train_ssl
 import variants
@@ -307,6 +308,7 @@ def test_tat_s_mlps_are_orthogonal_with_any_attention():
         (dict(attention="e-spa", pool="cls"), "class token has no place"),
         (dict(attention="u-spa", pool="cls"), "class token has no place"),
         (dict(norm="none", placement="post"), "nothing to place"),
+        (dict(activation="tat", residual=True), "without skips"),
     ],
 )
 def test_combinations_without_meaning_are_refused(varied, words):
@@ -343,9 +345,26 @@ def test_a_variant_without_skips_takes_the_paper_s_init_and_what_else_it_needs()
     assert dyt.lr == train_cls.SKIPLESS["lr"]["paper"]["soap"]
     vanilla = settled(*VANILLA)
     assert (vanilla.init, vanilla.c, vanilla.pool) == ("paper", 1.0, "mean")
-    chosen = settled(*VANILLA, "--c", "2", "--pool", "cls")
-    assert (chosen.c, chosen.pool) == (2.0, "cls")
+    assert settled(*VANILLA, "--pool", "cls").pool == "cls"
+    assert settled("--skipless", "--norm", "none", "--c", "2").c == 2.0
+    assert settled("--skipless", "--attention", "shaped").c == 1.0
     assert settled(*VANILLA, "--init", "default").init == "default"
+
+
+@pytest.mark.parametrize(
+    "words, dead",
+    [
+        ("--attention shaped --c 3", "--c is not part of --attention shaped"),
+        ("--attention value-skipinit --c 3", "--c is not part of --attention value-skipinit"),
+        ("--attention e-spa --alpha 1", "--alpha is not part of --attention e-spa"),
+        ("--attention u-spa --beta 1", "--beta is not part of --attention u-spa"),
+    ],
+)
+def test_constants_that_an_attention_does_not_take_are_refused(words, dead, capsys):
+    with pytest.raises(SystemExit):
+        settled("--skipless", *words.split())
+    assert dead in capsys.readouterr().err
+    assert settled("--skipless", "--attention", "value-skipinit", "--alpha", "1").alpha == 1.0
 
 
 def test_arms_are_named_by_what_differs():
@@ -371,6 +390,7 @@ def test_a_variant_trains_and_comes_back_from_its_checkpoint(
     """DINO's local crops have another grid than its global ones, its teacher is a copy."""
     words = [*SMALL, *VANILLA, "--epochs", "1", "--warmup-epochs", "0", "--data", image_root]
     words += ["--prototypes", "16"] if script is train_ssl else ["--mixup", "0", "--cutmix", "0"]
+    words += ["--checkpoint-activations"]  # computed again, it is for the crops' own grid
     run_main(script.main, [*words, "--out", tmp_path / "run"], tmp_path, monkeypatch)
     checkpoint = files.load_checkpoint(str(tmp_path / "run/last.pt"))
     images = torch.randn(2, 3, 16, 16)
@@ -403,6 +423,12 @@ def test_the_probe_s_k_is_the_jacobian_of_the_attention(name):
     K = jacobians.attention_jacobian(attention, y)
     change = (attention((y + step)[None]) - attention((y - step)[None])).flatten() / 2
     torch.testing.assert_close(K @ step.flatten(), change, rtol=1e-6, atol=1e-12)
+
+
+def test_variants_of_one_arm_have_colours_of_their_own():
+    names = ["residual", "residual+dyt", "skipless-paper", "residual+derf"]
+    colours = [pictures.colour_of(name, names) for name in names]
+    assert len(set(colours)) == 4 and colours[0] == pictures.ARM_COLOURS["residual"]
 
 
 def test_the_probe_takes_variants(tmp_path, monkeypatch, capsys):
