@@ -39,7 +39,7 @@ In a timm ViT with class_token=False, global_pool="avg" and
 norm_layer=partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False):
 
     def skipless_forward(block, x, **_):
-        b = block.diagonal_bias[:, None, None] * torch.eye(x.shape[1], device=x.device)
+        b = block.diagonal_bias[:, None, None] * torch.eye(x.shape[1], device=x.device)[None, None]
         return block.mlp(block.norm2(block.attn(block.norm1(x), attn_mask=b)))
 
     @torch.no_grad()

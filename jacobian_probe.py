@@ -211,7 +211,7 @@ only in the table: eff.rank
     same, at most their number.
 
 only in the table: k(MLP), k(MLP+I)
-    The same for the MLP.
+    Condition number of the MLP's Jacobian, over all tokens, without the skip and with it.
 
 only in the table: k(Z), k(X+Z)
     Condition number of the matrix of tokens that the attention puts out, without the skip and with

@@ -70,13 +70,13 @@ class Attention(nn.Module):
         return rearrange(F.linear(x, W, b), qkv, three=3, head=self.num_heads)
 
     def logit_bias(self, q: Tensor) -> Tensor | None:
-        """b I for each head, (head, token, token), for q of (batch, head, token, d_h)."""
-        if self.diagonal_bias is not None:
+        """b I for each head, (1, head, token, token), for q of (batch, head, token, d_h)."""
+        if self.diagonal_bias is not None:  # without the leading axis the fused kernel refuses it
             identity = torch.eye(q.shape[-2], dtype=q.dtype, device=q.device)
-            return self.diagonal_bias.to(q.dtype)[:, None, None] * identity
+            return self.diagonal_bias.to(q.dtype)[None, :, None, None] * identity
 
     def weights(self, x: Tensor) -> Tensor:
-        """The attention matrices softmax(q k^T / sqrt(d_h)), (batch, head, token, token)."""
+        """The attention matrices softmax(q k^T / sqrt(d_h) + bias), (batch, head, token, token)."""
         q, k, _ = self.queries_keys_values(x)
         logits, bias = q @ k.mT / math.sqrt(q.shape[-1]), self.logit_bias(q)
         return (logits if bias is None else logits + bias).softmax(dim=-1)
@@ -154,8 +154,9 @@ class ViT(nn.Module):
             positions once and never again, learns faster from a larger value.
         drop_path: stochastic depth rate of the last block, growing linearly from 0 at the first;
             only with skips.
-        diagonal_bias, norm_affine: see `Attention`; whether the blocks' LayerNorms have a gain and
-            a shift to learn. The defaults are the standard ViT, `identity_init.py` wants others.
+        diagonal_bias: see `Attention`. The standard ViT has none; `identity_init.py` wants it.
+        norm_affine: whether the blocks' LayerNorms have a gain and a shift to learn, as usual;
+            `identity_init.py` wants neither.
 
     Input (batch, channel, height, width), output (batch, num_classes).
 
@@ -198,8 +199,8 @@ class ViT(nn.Module):
         self.patch_embed = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if pool == "cls" else None
         self.pos_embed = nn.Parameter(torch.zeros(1, n, dim))
-        self.grid = {}  # rows and columns of the images at hand; a variant's attention needs them
-        self.embed_norm = nn.Identity()  # one of `variants.py`
+        self.grid = {}  # rows and columns of the images at hand, for attentions of `variants.py`
+        self.embed_norm = nn.Identity()  # networks of `variants.py` without norms have one here
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, mlp_ratio, residual, rate, diagonal_bias, norm_affine)
             for rate in torch.linspace(0, drop_path, depth, device="cpu").tolist()
