@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import functools
 import json
 import os
 import re
@@ -383,7 +384,8 @@ def test_a_signal_is_heeded_with_one_step_an_epoch(image_root, tmp_path):
 def test_a_closed_terminal_is_heeded_and_a_reader_that_leaves_is_not(image_root, tmp_path):
     """SIGHUP ends and saves; `train_cls.py ... | head -1` trains on."""
     args = ["--data", image_root, *SMALL, "--batch-size", "60", "--out", "run"]
-    process = start([*args, "--epochs", "500"], tmp_path)
+    heeded = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # also under nohup
+    process = start([*args, "--epochs", "500"], tmp_path, preexec_fn=heeded)
     process.stdout.close()
     log = tmp_path / "run/log.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
