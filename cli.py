@@ -16,13 +16,14 @@ import torch
 
 import identity_init
 from minskip import PRESETS
-from variants import CHOICES, GRID_ATTENTIONS, STANDARD, STARTS
+from variants import CHOICES, GRID_ATTENTIONS, STARTS, differing
 
 CORES = min(8, os.cpu_count() or 1)
 
 # Flags that may differ between a run and its continuation without changing its result.
-FREE_TO_CHANGE = {"data", "out", "device", "workers", "compile", "resume", "eval"}
-FREE_TO_CHANGE |= {"checkpoint_activations"}
+FREE_TO_CHANGE = {
+    "data", "out", "device", "workers", "compile", "checkpoint_activations", "resume", "eval",
+}  # fmt: skip
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -259,8 +260,7 @@ def settle(
         for flag, layer in (("data", folder), ("skipless", skipless))
     )
     settings = layered(demo, folder, skipless, explicit)
-    varied = any(settings[name] != STANDARD[name] for name in CHOICES)
-    if varied and settings["skipless"]:  # what --init identity is not made for
+    if differing(settings) and settings["skipless"]:  # what --init identity is not made for
         settings |= dict(init="paper") | explicit
     settings["init"] = picked(settings["init"], settings["model"])
     W_Q, _, W_V, _ = STARTS[settings["attention"]]

@@ -11,7 +11,7 @@ import torch
 import identity_init
 from cli import fail
 from minskip import PRESETS, ViT, conditioned_init_
-from variants import CHOICES, GRID_ATTENTIONS, STANDARD, start_, vary_
+from variants import CHOICES, GRID_ATTENTIONS, differing, start_, vary_
 
 ARMS = ["residual", "skipless-default", "skipless-paper", "skipless-identity"]
 
@@ -19,8 +19,8 @@ ARMS = ["residual", "skipless-default", "skipless-paper", "skipless-identity"]
 def arm_of(args: argparse.Namespace) -> str:
     """An arm's name; a residual network with another init than the default is none of `ARMS`."""
     arm = "residual" if args.init == "default" else f"residual-{args.init}"
-    parts = [vars(args)[name] for name in CHOICES if vars(args)[name] != STANDARD[name]]
-    return "+".join([f"skipless-{args.init}" if args.skipless else arm, *parts])
+    start = f"skipless-{args.init}" if args.skipless else arm
+    return "+".join([start, *differing(vars(args)).values()])
 
 
 def parts_of(arm: str) -> tuple[str, dict[str, str]]:
@@ -53,7 +53,7 @@ def vit_of(checkpoint: dict) -> ViT:
     program before memory is taken for it."""
 
     def build(config: dict) -> ViT:
-        varied = {name: part for name, part in config.items() if name in STANDARD}
+        varied = differing(config)
         return vary_(ViT(**{k: v for k, v in config.items() if k not in varied}), **varied)
 
     config, weights, path = checkpoint["model_config"], checkpoint["model"], checkpoint["path"]
@@ -91,7 +91,7 @@ def build_vit(args: argparse.Namespace, num_classes: int, checkpoint: dict | Non
             drop_path=args.drop_path,
             **(identity_init.NEEDS if args.init == "identity" else {}),
         )
-        vary_(model, **{name: vars(args)[name] for name in CHOICES})
+        vary_(model, **differing(vars(args)))
         return initialise_(model, args.init, args.alpha, args.beta, args.c)
     except ValueError as error:
         fail(str(error))

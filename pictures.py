@@ -25,10 +25,14 @@ def colour_of(name: str, others: list[str]) -> str:
 
     others: all names of the picture, so that those of no known arm are told apart.
     """
-    for arm, colour in ARM_COLOURS.items():
-        if arm in name and "+" not in name:  # behind a + are parts of `variants.py`
-            return colour
-    strangers = [n for n in others if "+" in n or not any(arm in n for arm in ARM_COLOURS)]
+
+    def of_arm(name: str) -> str | None:  # behind a + are parts of `variants.py`
+        plain = "+" not in name
+        return next((c for arm, c in ARM_COLOURS.items() if plain and arm in name), None)
+
+    if colour := of_arm(name):
+        return colour
+    strangers = [n for n in others if not of_arm(n)]
     return OTHER_COLOURS[strangers.index(name) % len(OTHER_COLOURS)]
 
 

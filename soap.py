@@ -33,13 +33,13 @@ def eigenbasis(factor: Tensor) -> Tensor:
     A factor of low rank has many equal eigenvalues, on which float32 solvers of GPUs may fail: then
     in float64, then on the CPU with a little added to the diagonal, which turns no eigenvector.
     """
-    size, last = factor.shape[-1], None
-    ways = [(factor.dtype, factor.device), (torch.float64, factor.device), (torch.float64, "cpu")]
-    for dtype, device in ways:
+    here, last = factor.device, None
+    ways = [(factor.dtype, here, 0.0), (torch.float64, here, 0.0), (torch.float64, "cpu", 1e-9)]
+    for dtype, device, added in ways:
         A = factor.to(device, dtype)
-        if last is not None and device == "cpu":
+        if added:
             mean = A.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-            A = A + 1e-9 * mean * torch.eye(size, dtype=dtype, device=device)
+            A = A + added * mean * torch.eye(A.shape[-1], dtype=dtype, device=device)
         try:
             return torch.linalg.eigh(A).eigenvectors.flip(-1).to(factor)
         except torch.linalg.LinAlgError as error:

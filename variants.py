@@ -27,7 +27,8 @@ al. 2025 (arXiv 2512.10938); what both do to gradients: arXiv 2604.11890; TAT: Z
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -46,15 +47,12 @@ from minskip import (
 CORRELATION = 0.5  # of two tokens after the last block, on average, that u-spa and e-spa aim at
 TAT_SHARE = 0.9  # of the correlation that L layers of ReLU make of independent tokens, tat's do
 INDEPENDENT = 50.0  # a gamma of tokens with nothing in common
-
-
 STANDARD = dict(norm="layernorm", placement="pre", attention="softmax", activation="gelu")
-CHOICES = dict(  # of the trainers' flags
-    norm=["layernorm", "rmsnorm", "dyt", "derf", "none"],
-    attention=["softmax", "value-skipinit", "shaped", "u-spa", "e-spa"],
-    activation=["gelu", "tat"],
-)
-GRID_ATTENTIONS = ["u-spa", "e-spa"]
+
+
+def differing(settings: dict) -> dict[str, str]:
+    """Those of a run's or a network's settings that are a block's parts and not the usual ones."""
+    return {x: settings[x] for x in STANDARD if settings.get(x, STANDARD[x]) != STANDARD[x]}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -202,6 +200,9 @@ def e_spa(
     return D.to(device, dtype), B.to(device, dtype)
 
 
+GRID_ATTENTIONS = {"u-spa": u_spa, "e-spa": e_spa}
+
+
 class SPA(Attention):
     """A = D softmax(q k^T / sqrt(d_h) + B).
 
@@ -242,7 +243,7 @@ def gamma_of(correlation: float, rows: int, columns: int) -> float:
         total = line_kernel(rows, gamma).sum() * line_kernel(columns, gamma).sum()
         return (total.item() - n) / (n * (n - 1))
 
-    return bisected(average, correlation, 1e-6, 50.0)
+    return bisected(average, correlation, 1e-6, INDEPENDENT)
 
 
 def kernels(attention: str, depth: int, rows: int, columns: int) -> list[float]:
@@ -322,17 +323,21 @@ STARTS = {
 }  # fmt: skip
 
 
-def attention_of(name: str, number: int, model: ViT) -> Attention:
-    """The attention of block `number`, from 1 on."""
+CHOICES = dict(norm=list(NORMS), attention=list(STARTS), activation=["gelu", "tat"])  # of the flags
+
+
+def attentions(name: str, model: ViT) -> Iterator[Attention]:
+    """A block's attention after the other's."""
     dim, num_heads, depth = (model.config[x] for x in ("dim", "num_heads", "depth"))
-    if name == "value-skipinit":
-        return ValueSkipInit(dim, num_heads)
-    if name == "shaped":
-        return Shaped(dim, num_heads)
-    side = model.config["image_size"] // model.config["patch_size"]
-    before, now = kernels(name, depth, side, side)[number - 1 : number + 1]
-    D_and_B = functools.partial({"u-spa": u_spa, "e-spa": e_spa}[name], before=before, now=now)
-    return SPA(dim, num_heads, D_and_B, model.grid)
+    if name in GRID_ATTENTIONS:
+        side = model.config["image_size"] // model.config["patch_size"]
+        for before, now in pairwise(kernels(name, depth, side, side)):
+            D_and_B = functools.partial(GRID_ATTENTIONS[name], before=before, now=now)
+            yield SPA(dim, num_heads, D_and_B, model.grid)
+    else:
+        kind = {"value-skipinit": ValueSkipInit, "shaped": Shaped}[name]
+        for _ in range(depth):
+            yield kind(dim, num_heads)
 
 
 def vary_(
@@ -351,7 +356,7 @@ def vary_(
     """
     dim, blocks = model.config["dim"], model.blocks
     asked = dict(norm=norm, placement=placement, attention=attention, activation=activation)
-    changed = {name: part for name, part in asked.items() if part != STANDARD[name]}
+    changed = differing(asked)
     model.config |= changed
     if attention in GRID_ATTENTIONS and model.cls_token is not None:
         raise ValueError(
@@ -365,19 +370,19 @@ def vary_(
     if model.config["diagonal_bias"] and changed:
         raise ValueError("the identity init is made for the standard LayerNorm, attention and GELU")
     slope = tat_slope(len(blocks)) if activation == "tat" else None
-    for number, block in enumerate(blocks, start=1):
+    for block in blocks:
         if norm != "layernorm":
             block.norm1, block.norm2 = NORMS[norm](dim), NORMS[norm](dim)
         if placement == "post":
             block.__class__ = PostBlock
-        if attention != "softmax":
-            projections = block.attention.state_dict()
-            block.attention = attention_of(attention, number, model)
-            block.attention.load_state_dict(projections, strict=False)
         if activation == "tat":
             block.mlp.activation = LeakyTAT(slope)
+    if attention != "softmax":
+        for block, other in zip(blocks, attentions(attention, model)):
+            other.load_state_dict(block.attention.state_dict(), strict=False)
+            block.attention = other
     if norm == "none":
-        model.embed_norm = nn.LayerNorm(dim, eps=1e-6)
+        model.embed_norm = NORMS["layernorm"](dim)
     elif norm != "layernorm":
         model.norm = NORMS[norm](dim)
     return model

@@ -17,7 +17,7 @@ import engine
 from cli import one_line_errors
 from shapes import draw_shapes
 
-ROOT = Path(__file__).parent.parent
+ROOT = fresh_process.ROOT
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes started from here
 torch.set_num_threads(1)  # a second thread costs these small matrices more than it gives
 

@@ -58,6 +58,8 @@ def test_sixteen_bits_a_pixel_are_scaled_and_thirty_two_refused(tmp_path):
     Image.fromarray(ramp).save(path)
     assert np.asarray(open_rgb(path))[0, :, 1].tolist() == list(range(256))
     words = r"image\.tiff has 32 bits a pixel; save it with 8 or 16"
+    Image.fromarray(np.array([[256, 257, 65534]], np.uint16)).save(path)
+    assert np.asarray(open_rgb(path))[0, :, 1].tolist() == [0, 1, 254]  # 65535 is 255, so 257 is 1
     for kind in (np.int32, np.float32):
         Image.fromarray(ramp.astype(kind)).save(tmp_path / "image.tiff")
         with pytest.raises(BadInput, match=words):
