@@ -17,7 +17,8 @@ on all training images at that rate, once a seed, and measured on val after the 
 Each run is a process on one thread. They go in rounds: tuning runs, as long as an arm has a rate to
 try; then the seeds; then the probes. Ctrl-C saves and ends them; the same command continues, and
 what is finished stays. "steps" in the table: those an arm takes to the lower of its own and
-residual's last value, as a multiple of residual's, read off the mean curves.
+residual's last value, as a multiple of residual's, read off the mean curves; of arms that train
+longer (--skipless-epochs), to residual's last value.
 """
 
 import argparse
@@ -65,13 +66,20 @@ def parts(folder: Path) -> tuple[str, int, str, float, int]:
     return arm, int(depth), opt, float(rate), int(seed)
 
 
+def epochs_of(args: argparse.Namespace, folder: Path) -> int:
+    """Of a run as a whole."""
+    if folder.parent.name == "tune":
+        return args.tune_epochs
+    longer = parts(folder)[0].startswith("skipless") and args.skipless_epochs
+    return longer or args.epochs
+
+
 def log_of(args: argparse.Namespace, folder: Path) -> list[dict] | None:
     """The rows of a finished run, none if it diverged; None of a run that is not finished."""
     if (folder / "diverged.txt").exists():
         return []
     rows = files.read_log(folder / "log.jsonl")
-    epochs = args.tune_epochs if folder.parent.name == "tune" else args.epochs
-    return rows if rows and rows[-1]["epoch"] == epochs else None
+    return rows if rows and rows[-1]["epoch"] == epochs_of(args, folder) else None
 
 
 def tuning_logs(args: argparse.Namespace, cell: str) -> dict[float, list[dict]]:
@@ -115,8 +123,7 @@ def training(args: argparse.Namespace, folder: Path) -> list:
     words = [args.script, "--data", args.work / "images" / part]
     if (folder / "last.pt").exists():
         return [*words, "--resume", folder / "last.pt"]
-    epochs = args.tune_epochs if part == "tune" else args.epochs
-    words += ["--out", folder, "--epochs", epochs, "--lr", rate, "--seed", seed]
+    words += ["--out", folder, "--epochs", epochs_of(args, folder), "--lr", rate, "--seed", seed]
     words += ["--depth", depth, "--opt", opt, *args.flags]
     arm, varied = networks.parts_of(arm)
     for name, part in varied.items():
@@ -234,12 +241,14 @@ def prepare(args: argparse.Namespace) -> None:
             links[images / "tune" / part / Path(path).relative_to(train.root)] = Path(path)
             seen[label] += 1
 
-    facts = {x: vars(args)[x] for x in ("script", "classes", "tune_epochs", "epochs", "flags")}
+    shared = "script classes tune_epochs epochs skipless_epochs flags".split()
+    facts = {name: vars(args)[name] for name in shared}
     kept = args.work / "sweep.json"
     before = json.loads(kept.read_text()) if kept.exists() else facts
     for name in facts:
-        if before[name] != facts[name]:
-            cli.fail(f"--work {args.work} has runs with {name} {before[name]}, not {facts[name]}")
+        if before.get(name) != facts[name]:
+            found = f"{name} {before.get(name)}, not {facts[name]}"
+            cli.fail(f"--work {args.work} has runs with {found}")
     files.make_folder(args.work)
     files.write_atomically(kept, lambda temporary: temporary.write_text(json.dumps(facts)))
     for place, target in links.items():
@@ -263,10 +272,15 @@ def curve(logs: list[list[dict]], metric: str) -> np.ndarray:
 
 
 def steps_multiple(own: np.ndarray, residual: np.ndarray | None) -> str:
-    """Steps to the lower of two curves' last values, as a multiple of the second's."""
+    """Steps to the lower of two curves' last values, as a multiple of the second's; of a longer
+    curve, to the second's last value."""
     if residual is None:
         return "-"
-    target = min(own[1, -1], residual[1, -1])
+    target, longer = residual[1, -1], own[0, -1] / residual[0, -1]
+    if longer == 1:
+        target = min(own[1, -1], target)
+    elif own[1].max() < target:
+        return f"> {longer:g}"
     reached = [np.interp(target, np.maximum.accumulate(c[1]), c[0]) for c in (own, residual)]
     return f"{reached[0] / reached[1]:.2f}" if reached[1] else "-"
 
@@ -284,21 +298,30 @@ def write_table(path: Path, columns: str, rows: list[list]) -> None:
     print(f"\n{text}{path}")
 
 
-def draw(path: Path, curves: dict[tuple, np.ndarray], title: str) -> None:
+def tuning_curve(logs: dict[float, list[dict]], metric: str) -> np.ndarray:
+    """(4, rates that did not diverge): the rate, and thrice the last value there."""
+    points = [[rate, *[logs[rate][-1][metric]] * 3] for rate in sorted(logs) if logs[rate]]
+    return np.array(points).T
+
+
+def draw(path: Path, curves: dict[tuple, np.ndarray], title: str, against: str = "epoch") -> None:
     """A panel a depth and optimizer, a line an arm: mean over the seeds and their range.
 
-    curves: (optimizer, depth, arm) -> `curve`.
+    curves: (optimizer, depth, arm) -> `curve`, or what it is against, mean, lowest, highest.
     """
     panels = sorted({(opt, depth) for opt, depth, _ in curves})
     size = dict(figsize=(4.2 * len(panels), 3.6), layout="constrained")
     figure, axes = pictures.plt.subplots(1, len(panels), sharey=True, squeeze=False, **size)
     lines, arms = {}, list(dict.fromkeys(arm for _, _, arm in curves))
-    for (opt, depth, arm), (epochs, middle, lowest, highest) in curves.items():
+    for (opt, depth, arm), (x, middle, lowest, highest) in curves.items():
         ax, colour = axes[0][panels.index((opt, depth))], pictures.colour_of(arm, arms)
-        [lines[arm]] = ax.plot(epochs, middle, color=colour, marker=".")
-        ax.fill_between(epochs, lowest, highest, color=colour, alpha=0.2, linewidth=0)
-        ax.set_xlabel("epoch")
-        ax.xaxis.set_major_locator(pictures.MaxNLocator(integer=True))
+        [lines[arm]] = ax.plot(x, middle, color=colour, marker=".")
+        ax.fill_between(x, lowest, highest, color=colour, alpha=0.2, linewidth=0)
+        ax.set_xlabel(against)
+        if against == "epoch":
+            ax.xaxis.set_major_locator(pictures.MaxNLocator(integer=True))
+        else:
+            ax.set_xscale("log")
         pictures.tidy(ax, f"{title}, {depth} blocks, {opt}")
     below = dict(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.legend(lines.values(), lines, **below)
@@ -320,14 +343,16 @@ def probe_rows(args: argparse.Namespace, cell: list, start: str) -> list[list]:
 
 
 def show(args: argparse.Namespace) -> None:
-    """table.md, curves.png and, of probes, probes.md in WORK: of all cells found there."""
+    """table.md, curves.png, rates.png (what was held back, against the learning rate) and, of
+    probes, probes.md in WORK: of all cells found there."""
     names = [parts(folder) for folder in args.work.glob("tune/*-lr*-seed*")]
-    rows, probes, curves, metric = [], [], {}, args.metric
+    rows, probes, curves, rates, metric = [], [], {}, {}, args.metric
     # of the arms residual comes first
     for opt, depth, arm in sorted({(opt, depth, arm) for arm, depth, opt, *_ in names}):
         tuned = tuning_logs(args, f"{arm}-{depth}-{opt}")
         if not any(tuned.values()):
             continue
+        rates[opt, depth, arm] = tuning_curve(tuned, metric)
         rate = best_rate(tuned, metric)
         row = [arm, depth, opt, f"{tuned[rate][-1][metric]:.1f}", f"{rate:g}"]
         start = f"full/{arm}-{depth}-{opt}-lr{rate:g}-seed"
@@ -347,8 +372,10 @@ def show(args: argparse.Namespace) -> None:
     if probes:
         columns = "arm, blocks, optimizer, read, mIoU, range, seeds, untrained, one class"
         write_table(args.work / "probes.md", columns, probes)
+    title = dict(top1="top-1, %", knn="k-NN, %")[metric]
+    draw(args.work / "rates.png", rates, f"held back: {title}", against="learning rate")
     if curves:
-        draw(args.work / "curves.png", curves, dict(top1="top-1, %", knn="k-NN, %")[metric])
+        draw(args.work / "curves.png", curves, title)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -382,6 +409,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     add("--seeds", nargs="+", type=cli.count_or_0, default=[0, 1, 2], help="[0 1 2]")
     add("--tune-epochs", type=cli.count, default=3, help="of a tuning run [3]")
     add("--epochs", type=cli.count, default=5, help="of a final run [5]")
+    add("--skipless-epochs", type=cli.count, help="of a final run without skips [--epochs]")
     add("--jobs", type=cli.count, default=os.cpu_count(), help="runs at a time [cores]")
     add("--table", type=Path, metavar="WORK", help="show what is there, train nothing")
     cut = words.index("--") if "--" in words else len(words)

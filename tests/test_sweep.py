@@ -171,6 +171,16 @@ def test_a_variant_is_trained_with_its_flags(stubbed):
     assert {row[0] for row in stubbed.table()} == {"residual+dyt", "skipless-paper+none+e-spa+tat"}
 
 
+def test_arms_without_skips_may_train_longer(stubbed):
+    stubbed.run("--arms", "residual", "skipless-paper", "--skipless-epochs", "6")
+    for call in stubbed.calls():
+        longer = call["name"].startswith("full/skipless")
+        assert flag(call, "--epochs") == ("6" if longer else "2" if "full" in call["name"] else "1")
+    assert len(stubbed.table()) == 2
+    message = "has runs with skipless_epochs 6, not None"
+    assert message in stubbed.end("--arms", "residual").stderr
+
+
 def test_given_rates_are_all_tried_and_extended_too(stubbed):
     stubbed.run("--arms", "residual", "--rates", "2e-3", "5e-3", "2e-4")
     assert rates(stubbed.calls(), "tune", "residual") == [2e-4, 2e-3, 5e-3, 1e-2, 3e-2]
@@ -347,6 +357,9 @@ def test_the_tables_figures(stubbed, tmp_path, monkeypatch):
 """
     assert table in stubbed.out() and table == "\n" + (work / "table.md").read_text()
     assert (work / "curves.png").stat().st_size > 10_000
+    assert (work / "rates.png").stat().st_size > 10_000
+    logs = {3e-3: [dict(top1=9), dict(top1=50)], 1e-3: [dict(top1=35)], 1e-2: []}
+    assert sweep.tuning_curve(logs, "top1").tolist() == [[1e-3, 3e-3], *[[35, 50]] * 3]
 
 
 def test_a_curve_is_the_mean_and_range_of_the_measured_epochs():
@@ -367,6 +380,9 @@ def test_steps_to_equal_accuracy_by_hand():
     early = curve(*range(6), 50, *[2] * 20, 60)  # at 40 first after 5 7/9, and later again
     assert sweep.steps_multiple(early, residual) == "1.93"
     assert sweep.steps_multiple(residual, None) == "-"
+    slow = curve(0, 10, 20, 30, 40, 50, 60)  # trained twice as long
+    assert sweep.steps_multiple(slow, residual) == "1.33"  # at 40 after 4, residual after 3
+    assert sweep.steps_multiple(curve(*[5] * 7), residual) == "> 2"
 
 
 def test_dino_is_compared_by_knn_and_probed_at_the_last_block_and_at_quarters(stubbed, tmp_path):
