@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
@@ -168,7 +169,11 @@ def build_optimizer(
     weight_decay: float,
     adamw_betas: tuple[float, float] = (0.9, 0.95),
 ) -> Optimizer:
-    """SOAP or AdamW. Biases, norms and embeddings, the second group, are not decayed."""
+    """SOAP or AdamW. Biases, norms and embeddings, the second group, are not decayed.
+
+    SOAP's work and memory are shared out: each process keeps the state of some parameters, updates
+    those and sends them to the others. AdamW's are too little to be worth it.
+    """
     decayed, plain = [], []
     for name, p in model.named_parameters():
         (plain if p.ndim < 2 or name.endswith(("cls_token", "pos_embed")) else decayed).append(p)
@@ -176,6 +181,8 @@ def build_optimizer(
         dict(params=decayed, weight_decay=weight_decay),
         dict(params=plain, weight_decay=0.0),
     ]
+    if opt == "soap" and dist.is_initialized() and dist.get_world_size() > 1:
+        return ZeroRedundancyOptimizer(groups, SOAP, lr=lr)
     if opt == "soap":
         return SOAP(groups, lr=lr)
     return torch.optim.AdamW(groups, lr=lr, betas=adamw_betas, fused=True)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.data import DataLoader
 
 import files
@@ -183,6 +184,9 @@ class Run:
         ]
         if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
             self.break_off("a weight is not finite")
+        for x in self.kept.values():
+            if isinstance(x, ZeroRedundancyOptimizer):
+                x.consolidate_state_dict()  # the others' parts to the first process
         if not main_process():
             return
         states = {k: x if isinstance(x, Tensor) else x.state_dict() for k, x in self.kept.items()}
@@ -207,6 +211,8 @@ class Run:
                 x.copy_(checkpoint[name])
             else:
                 networks.load_(x, checkpoint.get(name), checkpoint)
+            if isinstance(x, ZeroRedundancyOptimizer):
+                x.state.clear()  # a copy of what the optimizer inside it has taken
         self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
         self.seconds, self.history = checkpoint["seconds"], checkpoint["history"]
         self.sums = {k: torch.tensor(v, device=self.device) for k, v in checkpoint["sums"].items()}

@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from conftest import run_script
 from torch import nn
 
 from soap import SOAP, as_matrix_shape, eigenbasis, refreshed_basis
@@ -216,3 +217,56 @@ def test_complex_parameters_are_refused():
     p.grad = torch.zeros_like(p)
     with pytest.raises(RuntimeError, match="real"):
         SOAP([p]).step()
+
+
+# ---- shared out among processes ------------------------------------------------------------------
+
+SHARED = """
+import torch, torch.distributed as dist
+import engine
+from minskip import ViT
+
+def trained(steps, state=None):
+    torch.manual_seed(0)
+    vit = ViT(image_size=16, patch_size=8, dim=32, depth=2, num_heads=2, num_classes=5)
+    optimizer, last = engine.build_optimizer(vit, "soap", 1e-2, 0.01), None
+    for step in range(steps):
+        if step == 12 and dist.is_initialized():  # resumed from a checkpoint
+            optimizer.consolidate_state_dict()
+            states = [optimizer.state_dict() if engine.main_process() else None]
+            dist.broadcast_object_list(states)
+            held = len(optimizer.optim.state)
+            optimizer = engine.build_optimizer(vit, "soap", 1e-2, 0.01)
+            optimizer.load_state_dict(states[0])
+            assert 0 < held < len(list(vit.parameters())) and len(optimizer.optim.state) == held
+        generator = torch.Generator().manual_seed(step)
+        for p in vit.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+    return list(vit.parameters()), optimizer
+
+def main():
+    alone, one = trained(25)
+    dist.init_process_group("gloo")
+    together, shared = trained(25)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together))
+    shared.consolidate_state_dict()
+    if engine.main_process():
+        one, shared = one.state_dict(), shared.state_dict()
+        assert one["param_groups"] == shared["param_groups"]
+        for i, state in one["state"].items():
+            for name, value in state.items():
+                assert torch.equal(*map(torch.as_tensor, (value, shared["state"][i][name])))
+        print("the same")
+
+main()  # and free the optimizer before the processes part
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_that_share_the_work_take_the_steps_of_one(tmp_path):
+    """To the last bit, a refresh and a resume between; each keeps a part of the state."""
+    (tmp_path / "shared.py").write_text(SHARED)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = run_script(tmp_path / "shared.py", cwd=tmp_path, launcher=launcher)
+    assert done.returncode == 0 and done.stdout == "the same\n", done.stderr
