@@ -221,6 +221,19 @@ def trainer_flags(description: str, demo: dict, folder: dict, skipless: dict):
     return p, add
 
 
+def stored_settings(p: argparse.ArgumentParser, checkpoint: dict) -> dict:
+    """A checkpoint's settings; the end of the program where the flags would not take them."""
+    words = []
+    for name, value in checkpoint["args"].items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
+            words.append(f"{flag}={value}")
+    p.error = lambda message: fail(f"checkpoint {checkpoint['path']} is damaged: {message}")
+    return checkpoint["args"] | vars(p.parse_args(words))
+
+
 def layered(*layers: dict) -> dict:
     """Settings laid over one another; of one that is a dict in both, its entries."""
     settings = {}

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 
-from cli import BadInput, fail
+from cli import CORES, BadInput, fail
 from engine import progress
 
 # What a seed is for comes first among the numbers it is made of, so that no two uses coincide.
@@ -65,7 +65,8 @@ def open_rgb(path: str) -> Image.Image:
             raise BadInput(f"image {path} has 32 bits a pixel; save it with 8 or 16")
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        return ImageOps.exif_transpose(image).convert("RGB")
+        ImageOps.exif_transpose(image, in_place=True)
+        return image.convert("RGB")
 
 
 def check_images(paths: list[str], decode_up_to: int = 20_000) -> None:
@@ -87,7 +88,7 @@ def check_images(paths: list[str], decode_up_to: int = 20_000) -> None:
         except BadInput as error:
             return str(error)
 
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(CORES) as pool:  # each may hold a very large image
         found = pool.map(problem, paths)
         for message in progress(found, "checking images", total=len(paths)):
             if message:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,8 +20,11 @@ PARTS = dict(  # of a checkpoint, beside the optimizer's state and the like
 )  # fmt: skip
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file so that a reader finds the old one or the new one, never half of it."""
+def write_atomically(path: Path, write: Callable[[Path], None], needed: bool = True) -> None:
+    """Write a file so that a reader finds the old one or the new one, never half of it.
+
+    needed: False says that it could not be written, and goes on.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -28,7 +32,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        fail(f"cannot write {path} ({error.strerror}); what it held before is kept")
+        problem = f"cannot write {path} ({error.strerror}); what it held before is kept"
+        if needed:
+            fail(problem)
+        print(f"note    {problem}", file=sys.stderr)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -17,7 +17,7 @@ ARM_COLOURS = {
     "skipless-paper": "#009E73",
     "skipless-identity": "#CC79A7",
 }
-OTHER_COLOURS = ["#E69F00", "#56B4E9", "#000000", "#999999"]
+OTHER_COLOURS = ["#E69F00", "#56B4E9", "#000000", "#999999", "#7A4300", "#5E3C99", "#A6BF00"]
 
 
 def colour_of(name: str, others: list[str]) -> str:
@@ -43,14 +43,15 @@ def tidy(ax: plt.Axes, title: str) -> None:
     ax.grid(alpha=0.25)
 
 
-def save_figure(figure: plt.Figure, path: Path) -> None:
+def save_figure(figure: plt.Figure, path: Path, needed: bool = True) -> None:
     """Write a figure as PNG, atomically, and let go of it."""
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+    how = dict(dpi=130, format="png")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, **how), needed)
     plt.close(figure)
 
 
 def draw_curves(path: Path, name: str, rows: list[dict], panels: dict[str, str]) -> None:
-    """A run's log: a panel a key against the epoch.
+    """A run's log: a panel a key against the epoch. Where it cannot be written a run goes on.
 
     rows: of the log. panels: log key -> title; epochs in which a key is null are left out.
     """
@@ -66,4 +67,4 @@ def draw_curves(path: Path, name: str, rows: list[dict], panels: dict[str, str])
         tidy(ax, title)
     handles, labels = ax.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", fontsize=8, frameon=False)
-    save_figure(figure, path)
+    save_figure(figure, path, needed=False)

@@ -135,7 +135,7 @@ def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
     checkpoint = files.load_checkpoint(path, "train_cls") if path else None
     # up to rounding these change nothing either
     free = cli.FREE_TO_CHANGE | ({"batch_size", "amp"} if "eval" in explicit else {"grad_accum"})
-    stored = checkpoint and DEMO | checkpoint["args"]
+    stored = checkpoint and DEMO | cli.stored_settings(p, checkpoint)
     return cli.settle(explicit, DEMO, FOLDER, SKIPLESS, stored, free), checkpoint
 
 
@@ -268,6 +268,8 @@ def main() -> None:
         )
 
     final = run.history[-1]
+    if final["val_loss"] > 0.99 * math.log(len(classes)):
+        engine.say("note    nothing learned: the loss is that of guessing; try another --lr")
     engine.say(
         f"top-1 {final['top1']:.1f} %  top-5 {final['top5']:.1f} %  "
         f"({final['epoch']} epochs, {final['minutes']:.1f} min)"

@@ -476,6 +476,26 @@ def test_two_processes_compute_the_gradient_of_one(image_root, tmp_path):
     assert a["history"][0]["val_loss"] == pytest.approx(b["history"][0]["val_loss"], rel=1e-3)
 
 
+def test_what_two_processes_began_with_soap_one_goes_on_with(image_root, tmp_path, monkeypatch):
+    """Each process keeps the optimizer's state of some weights; the checkpoint holds all of it."""
+    args = ["--data", image_root, *SMALL, "--skipless", "--epochs", "1", "--out", "two"]
+    args += "--warmup-epochs 0 --mixup 0 --cutmix 0".split()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = run_script("train_cls.py", *args, cwd=tmp_path, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "two/last.pt"
+    two = load(path)
+    torch.save(two | dict(args=two["args"] | dict(epochs=2)), path)  # as if half done
+    run_main(train_cls.main, ["--resume", path], tmp_path, monkeypatch)
+    one = load(path)
+    for steps, checkpoint in ((5, two), (10, one)):
+        states = checkpoint["optimizer"]["state"]
+        assert len(states) == len(checkpoint["model"])
+        assert {state["step"] for state in states.values()} == {steps}
+    moved = one["model"]["blocks.0.mlp.fc1.weight"] - two["model"]["blocks.0.mlp.fc1.weight"]
+    assert 1e-4 < moved.abs().max() < 0.1  # bases and moments are of a size
+
+
 # ---- bad input -----------------------------------------------------------------------------------
 
 
@@ -537,6 +557,26 @@ def test_bad_flags_end_in_one_line(
     assert_fails_in_one_line(done, BAD_FLAGS[flags])
 
 
+BAD_SETTINGS = {
+    "lr": (-1.0, "--lr: must be positive; it is -1.0"),
+    "epochs": ("soon", "--epochs: invalid count value: 'soon'"),
+    "model": ("huge", "--model: invalid choice: 'huge'"),
+    "colour": ("red", "unrecognized arguments: --colour=red"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SETTINGS)
+def test_settings_in_a_checkpoint_are_checked_like_flags(
+    name, finished, tmp_path, monkeypatch, capsys
+):
+    value, words = BAD_SETTINGS[name]
+    content = load(finished[0] / "runs/a/last.pt")
+    torch.save(content | dict(args=content["args"] | {name: value}), tmp_path / "bad.pt")
+    for flag in ("--resume", "--eval"):
+        done = run_here(train_cls.main, [flag, "bad.pt"], tmp_path, monkeypatch, capsys)
+        assert_fails_in_one_line(done, f"bad.pt is damaged: .*{re.escape(words)}")
+
+
 BAD_FOLDERS = {
     "no val": r"no folder .*val; expected ROOT/val/<class>/<image files>",
     "no classes": "Couldn't find any class folder",
@@ -568,6 +608,19 @@ def test_bad_folders_end_in_one_line(damage, tmp_path, monkeypatch, capsys):
     done = run_here(train_cls.main, ["--data", root, *SMALL], tmp_path, monkeypatch, capsys)
     assert_fails_in_one_line(done, BAD_FOLDERS[damage])
     assert not (tmp_path / "runs").exists()  # nothing was begun
+
+
+def test_a_picture_that_cannot_be_written_stops_no_run_and_one_that_learned_nothing_says_so(
+    image_root, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "run/curves.png").mkdir(parents=True)
+    words = ["--data", image_root, *SMALL, "--out", "run", "--lr", "1e-9"]
+    run_main(train_cls.main, words, tmp_path, monkeypatch)
+    out, err = capsys.readouterr()
+    assert err.count("note    cannot write run/curves.png (Is a directory)") == 2  # epochs
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    *_, note, last = out.strip().splitlines()
+    assert note.startswith("note    nothing learned") and last.startswith("top-1")
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_training(
