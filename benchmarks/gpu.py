@@ -4,7 +4,7 @@
 
 1. A first sign of life: both trainers' demos on the GPU, in bf16 where it has it.
 2. Training steps against timm's, eager and compiled, with AdamW and SOAP, and their peak memory.
-3. SOAP's step against pytorch-optimizer's.
+3. SOAP's step against pytorch-optimizer's; a DINO step's crops, a pass a resolution or a crop.
 
 Each command is printed before what it says. One that fails is told, and the next is run.
 """
@@ -31,6 +31,7 @@ COMMANDS = [
     "benchmarks/step_speed.py --models small base --batch-size 128 --opt soap --compile",
     "benchmarks/soap_speed.py --model small",
     "benchmarks/soap_speed.py --model base",
+    "benchmarks/dino_speed.py --model small --batch-size 64",
 ]
 
 

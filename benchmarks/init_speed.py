@@ -11,12 +11,12 @@ OMP_NUM_THREADS=1 is many times faster).
 import argparse
 import math
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
+from turns import in_turns
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -38,12 +38,6 @@ def an_svd_a_head(dim: int, num_heads: int, alpha: float = 2.0, beta: float = 0.
     return weights
 
 
-def seconds(function: Callable, *args) -> float:
-    begun = time.perf_counter()
-    function(*args)
-    return time.perf_counter() - begun
-
-
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.error = cli.fail
@@ -55,15 +49,12 @@ def main() -> None:
     for name in args.models:
         dim, depth, heads = PRESETS[name].values()
         block = ViT(dim=dim, depth=1, num_heads=heads, residual=False)
-        conditioned_init_(block)  # the first call also sets libraries up
-        times = [
-            [depth * seconds(conditioned_init_, block), depth * seconds(an_svd_a_head, dim, heads)]
-            for _ in range(args.repeats)
-        ]
-        ours, plain = (median(x) for x in zip(*times))
-        ratios = sorted(b / a for a, b in times)
+        ways = [partial(conditioned_init_, block), partial(an_svd_a_head, dim, heads)]
+        ours, plain = in_turns(dict(enumerate(ways)), args.repeats).values()
+        ratios = sorted(b / a for a, b in zip(ours, plain))
         print(
-            f"{name:6s} ours {ours:6.2f} s, an SVD a head {plain:6.2f} s, "
+            f"{name:6s} ours {depth * median(ours):6.2f} s, an SVD a head "
+            f"{depth * median(plain):6.2f} s, "
             f"ratio {median(ratios):.1f} ({ratios[0]:.1f} .. {ratios[-1]:.1f})"
         )
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import sys
 import types
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 from minskip import PRESETS
 
+sys.path.insert(0, str(ROOT / "benchmarks"))  # as when one of them is run
 NUMBER = r"\d+\.\d+"
 
 
@@ -83,11 +85,49 @@ def test_a_step_s_time_is_that_of_its_network(monkeypatch):
         ("step_speed", "--image-size 20", "--image-size a multiple of 16"),
         ("soap_speed", "--tens 1", "--tens must be at least 2"),
         ("init_speed", "--repeats 0", "must be at least 1"),
+        ("dino_speed", "--repeats 1", "--repeats must be at least 2"),
+        ("loading_speed", "--repeats 1", "--repeats must be at least 2"),
+        ("kappa_speed", "--repeats 1", "--repeats must be at least 2"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(name, words, message, tmp_path, monkeypatch, capsys):
     done = run_here(load(name).main, words.split(), tmp_path, monkeypatch, capsys)
     assert_fails_in_one_line(done, message)
+
+
+def test_turns_are_timed_alternately_and_the_ratio_is_the_peer_s_time_over_ours():
+    turns = load("turns")
+    calls = []
+
+    def sleeping(name: str, seconds: float):
+        def call():
+            calls.append(name)
+            turns.time.sleep(seconds * (50 if len(calls) < 3 else 1))  # the first two do not count
+
+        return call
+
+    ways = dict(quick=sleeping("quick", 0.01), slow=sleeping("slow", 0.03))
+    times = turns.in_turns(ways, 4)
+    assert calls == ["quick", "slow"] * 5
+    assert all(0.01 <= x < 0.03 for x in times["quick"])
+    assert all(0.03 <= x < 0.2 for x in times["slow"])
+    exact = dict(ours=[1.0, 2.0, 4.0], theirs=[2.0, 6.0, 4.0])
+    assert turns.ratio(exact, "theirs", "ours") == "theirs / ours 2.00 (1.00 .. 3.00)"
+    assert turns.medians(exact) == "ours 2000 ms, theirs 4000 ms"
+
+
+def test_photographs_are_loaded_by_both(tmp_path, monkeypatch, capsys):
+    bench = load("loading_speed")
+    words = "--images 8 --workers 0 --repeats 2".split()
+    run_main(bench.main, words, tmp_path, monkeypatch)
+    out = capsys.readouterr().out
+    assert out.startswith("8 JPEGs of 500 x 375 px") and "customary / ours" in out
+    bench.draw_photographs(tmp_path, 2)
+    image = bench.data.open_rgb(tmp_path / "train/0/1.jpg")
+    assert image.size == (500, 375)
+    size = (tmp_path / "train/0/1.jpg").stat().st_size
+    assert 30_000 < size < 300_000  # a photograph's
+    assert bench.customary()(image).shape == (3, 224, 224)
 
 
 def test_the_soaps_are_told_apart(tmp_path, monkeypatch, capsys):

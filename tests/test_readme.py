@@ -60,6 +60,9 @@ SHORT = {
     "gpu.py": "--device cpu --patience 1 --out {out}",
     "soap_speed.py": "--model nano --tens 2 --device cpu",
     "init_speed.py": "--models nano --repeats 1",
+    "dino_speed.py": "--model nano --batch-size 1 --repeats 2 --device cpu",
+    "loading_speed.py": "--images 8 --repeats 2 --workers 0",
+    "kappa_speed.py": "--repeats 2 --tokens 20",
     "step_speed.py": "--models tiny --steps 2 --warmup 1 --batch-size 2 --image-size 32 "
     "--device cpu",
     "pytest": "--collect-only -q -n 0 tests/test_files.py",

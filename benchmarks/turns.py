@@ -1,0 +1,26 @@
+"""What the benchmarks share: ways to do one thing, timed in turns in one process, and their ratio."""
+
+import time
+from collections.abc import Callable
+from statistics import median, quantiles
+
+
+def in_turns(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Name -> seconds of each of its calls, after one that is not counted."""
+    times = {name: [] for name in ways}
+    for _ in range(repeats + 1):
+        for name, call in ways.items():
+            begun = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - begun)
+    return {name: seconds[1:] for name, seconds in times.items()}
+
+
+def ratio(times: dict[str, list[float]], peer: str, ours: str) -> str:
+    """The peer's time as a multiple of ours: median and quartiles of the turns."""
+    low, middle, high = quantiles([p / o for p, o in zip(times[peer], times[ours])], n=4)
+    return f"{peer} / {ours} {middle:.2f} ({low:.2f} .. {high:.2f})"
+
+
+def medians(times: dict[str, list[float]]) -> str:
+    return ", ".join(f"{name} {1000 * median(x):.0f} ms" for name, x in times.items())
