@@ -1,4 +1,4 @@
-"""What the benchmarks share: ways to do one thing, timed in turns in one process, and their ratio."""
+"""What the benchmarks share: ways to do one thing are timed in turns, in one process."""
 
 import time
 from collections.abc import Callable
