@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 import torch
+from torch.distributed import DistBackendError
 
 import identity_init
 from minskip import PRESETS
@@ -51,6 +52,12 @@ def one_line_errors(memory_advice: str) -> Iterator[None]:
             fail(
                 f"loading images: {text.splitlines()[0]}; usually memory, or a small /dev/shm: use "
                 "fewer --workers, or 0",
+                code=1,
+            )
+        if isinstance(error, DistBackendError) or "gloo/transport" in text:
+            fail(
+                "lost another process of this run, which tells or is told of elsewhere; continue "
+                "with --resume and the run's last.pt",
                 code=1,
             )
         if "can't allocate memory" not in text:  # the CPU's way to be out of memory

@@ -5,7 +5,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 
 import torch
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from cli import fail
 from minskip import ViT
-from soap import SOAP
+from soap import LONGEST_SIDE, SOAP, as_matrix_shape
 
 # --------------------------------------------------------------------------------------------------
 # Devices and processes
@@ -155,6 +155,57 @@ def check_batch_size(batch_size: int, parts: int, images: int, data_name: str) -
 def end_processes() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory
+# --------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(forward: Callable[[], object]) -> int:
+    """What autograd keeps of a forward pass for its backward pass, parameters among it."""
+    kept = {}
+
+    def note(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = forward()  # held, or freed addresses would be counted once for several
+    del out
+    return sum(kept.values())
+
+
+def say_memory(
+    network: nn.Module, shapes: Sequence[tuple[int, ...]], images: int, opt: str,
+    device: torch.device, amp: str,
+) -> None:  # fmt: skip
+    """Print what a training step will hold: an estimate, from forward passes of one image and two.
+
+    shapes: of one image in each of the network's inputs. images: that go through it at once. The
+    loss, kernels' workspaces and what lies unused between two pieces of memory are left out.
+    """
+
+    def forward(count: int):
+        with autocast(device, amp):
+            return network(*(torch.zeros(count, *shape, device=device) for shape in shapes))
+
+    an_image = saved_bytes(lambda: forward(2)) - saved_bytes(lambda: forward(1))
+    sizes = [p.shape for p in network.parameters()]
+    weights = 4 * sum(size.numel() for size in sizes)
+    state = 2 * weights
+    if opt == "soap":  # and of each side of a matrix a factor and its eigenbasis
+        sides = [side for size in sizes for side in as_matrix_shape(size) or ()]
+        state += 4 * 2 * sum(side**2 for side in sides if side <= LONGEST_SIDE)
+        state /= dist.get_world_size() if dist.is_initialized() else 1
+    total = 2 * weights + state + images * an_image
+    say(
+        f"memory  about {total / 1e9:.2g} GB: {an_image / 1e6:.2g} MB for each of {images} images, "
+        f"{(2 * weights + state) / 1e9:.2g} GB for weights, gradients and optimizer"
+    )
+    if device.type == "cuda" and total > torch.cuda.mem_get_info(device)[0]:
+        say("note    this GPU has less free: raise --grad-accum or add --checkpoint-activations")
 
 
 # --------------------------------------------------------------------------------------------------

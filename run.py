@@ -24,6 +24,7 @@ from engine import (
     on_device,
     progress,
     say,
+    say_memory,
     uses_bf16,
 )
 
@@ -235,3 +236,10 @@ class Run:
             say(f"note    --init {a.init} without --skipless: a residual network starts from it")
         if a.resume:
             say(f"resume  {a.resume} at epoch {self.epoch + 1}, step {self.step}")
+
+    def describe_memory(self, network: nn.Module, *shapes: tuple[int, ...]) -> None:
+        """Print an estimate of what a step holds; shapes: of one image in each input of network."""
+        a = self.args
+        if not a.checkpoint_activations:  # which autograd does not tell of
+            at_once = a.batch_size // (self.batches.world * a.grad_accum)
+            say_memory(network, shapes, at_once, a.opt, self.device, a.amp)

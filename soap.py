@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+LONGEST_SIDE = 10_000  # that is preconditioned, unless another is asked for
+
 
 def as_matrix_shape(shape: torch.Size) -> tuple[int, int] | None:
     """(rows, columns) a parameter is preconditioned as; None for vectors and scalars.
@@ -107,7 +109,7 @@ class SOAP(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         precondition_frequency: int = 10,
-        max_precondition_dim: int = 10_000,
+        max_precondition_dim: int = LONGEST_SIDE,
     ):
         if not lr >= 0:
             raise ValueError(f"lr must be >= 0, not {lr}")

@@ -237,6 +237,7 @@ def main() -> None:
     )
     del checkpoint  # its copy of the weights and the optimizer's state
     run.describe(model, data_name)
+    run.describe_memory(model, (3, args.image_size, args.image_size))
     for epoch in run.epochs():
         model.train()
         for images, labels in run.steps(loader):

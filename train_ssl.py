@@ -419,6 +419,8 @@ def main() -> None:
     del checkpoint  # its copy of the weights and the optimizer's state
     run.describe(student.backbone, data_name)
     engine.say(f"crops   2 of {args.image_size} px and {args.local_crops} of {small} px an image")
+    groups = (2, args.image_size), (args.local_crops, small)
+    run.describe_memory(student, *[(count, 3, size, size) for count, size in groups if count])
     if not to_measure:
         engine.say(f"k-NN    off: {args.data} has no val/ to measure on")
     elif not run.history and len(train_set) <= SMALL_SET:

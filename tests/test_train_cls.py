@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -496,6 +497,30 @@ def test_what_two_processes_began_with_soap_one_goes_on_with(image_root, tmp_pat
     assert 1e-4 < moved.abs().max() < 0.1  # bases and moments are of a size
 
 
+def test_a_killed_process_ends_the_others_and_what_was_saved_is_usable(
+    image_root, tmp_path, monkeypatch
+):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words = ["--data", image_root, *SMALL, "--skipless", "--epochs", "5000", "--out", "run"]
+    command = [*launcher, ROOT / "train_cls.py", *words]
+    how = dict(cwd=tmp_path, env=script_environment(), stderr=subprocess.PIPE, text=True)
+    torchrun = subprocess.Popen([str(x) for x in command], stdout=subprocess.DEVNULL, **how)
+    log = tmp_path / "run/log.jsonl"
+    while torchrun.poll() is None and not (log.exists() and log.read_text()):
+        time.sleep(0.05)
+    ranks = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    _, stderr = torchrun.communicate(timeout=60)
+    assert torchrun.returncode == 1 and "Signal 9 (SIGKILL)" in stderr
+    assert "error: lost another process of this run" in stderr or "SIGTERM" in stderr
+    assert "[rank" not in stderr  # no traceback of ours
+    saved = load(tmp_path / "run/last.pt")
+    shorter = saved["args"] | dict(epochs=saved["epoch"] + 1)
+    torch.save(saved | dict(args=shorter), tmp_path / "run/last.pt")
+    run_main(train_cls.main, ["--resume", "run/last.pt"], tmp_path, monkeypatch)
+    assert load(tmp_path / "run/last.pt")["epoch"] == saved["epoch"] + 1
+
+
 # ---- bad input -----------------------------------------------------------------------------------
 
 
@@ -646,3 +671,20 @@ def test_the_first_process_s_weights_are_all_processes_s(monkeypatch):
     monkeypatch.setattr(engine.dist, "broadcast", lambda x, source: x.fill_(7 + source))
     engine.share_weights(model)
     assert all((x == 7).all() for x in model.state_dict().values())
+
+
+def test_memory_is_told_before_the_first_step(capsys):
+    """Two linear layers: autograd keeps the input and the hidden units before and after GELU."""
+    d, h = 300, 500
+    net = nn.Sequential(nn.Linear(d, h), nn.GELU(), nn.Linear(h, d))
+    one, two = (engine.saved_bytes(lambda n=n: net(torch.zeros(n, d))) for n in (1, 2))
+    assert two - one == 4 * (d + 2 * h)
+    told = functools.partial(engine.say_memory, net, [(d,)], 10_000, device=torch.device("cpu"))
+    told(opt="adamw", amp="off")
+    activations, fixed = 10_000 * 4 * (d + 2 * h) / 1e9, 16 * (2 * d * h + d + h) / 1e9
+    numbers = [float(x) for x in re.findall(r"[\d.]+(?= GB| MB)", capsys.readouterr().out)]
+    assert numbers == pytest.approx([activations + fixed, 4e-6 * (d + 2 * h), fixed], rel=0.1)
+    told(opt="soap", amp="off")
+    fixed += 4 * 2 * 2 * (d**2 + h**2) / 1e9  # two factors and two bases, of two matrices
+    numbers = [float(x) for x in re.findall(r"[\d.]+(?= GB| MB)", capsys.readouterr().out)]
+    assert numbers == pytest.approx([activations + fixed, 4e-6 * (d + 2 * h), fixed], rel=0.1)
