@@ -3,6 +3,7 @@
 import ast
 import copy
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -177,6 +178,31 @@ def test_every_file_named_in_the_pages_exists():
 
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 200
+
+
+def test_the_slurm_script_starts_a_run_and_then_goes_on_with_it(tmp_path):
+    """Run by bash with Slurm's commands as stubs, one of which starts the trainer alone."""
+    [block] = re.findall(r"```bash\n(.*?)```", README, re.S)
+    (tmp_path / "job.sh").write_text(block)
+    srun = '[ "$1 $2 $3" = "torchrun --nnodes=2 --nproc-per-node=8" ] || exit 9\necho "$@"'
+    stubs = dict(srun=srun, scontrol='echo "node7\nnode8"')
+    for name, text in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = dict(PATH=f"{tmp_path}:{os.environ['PATH']}", HOME=str(tmp_path))
+    environment |= dict(SLURM_NNODES="2", SLURM_JOB_NODELIST="node[7-8]")
+
+    def submitted() -> str:
+        command = ["bash", str(tmp_path / "job.sh")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and "--rdzv-endpoint=node7:29500" in done.stdout
+        return done.stdout.split("train_cls.py ")[1].strip()
+
+    run = tmp_path / "runs/skipless"
+    assert submitted() == f"--data /imagenet --compile --out {run} --skipless"
+    run.mkdir(parents=True)
+    (run / "last.pt").touch()
+    assert submitted() == f"--data /imagenet --compile --resume {run}/last.pt"
 
 
 # ---- the snippet ---------------------------------------------------------------------------------
