@@ -422,3 +422,12 @@ def test_each_function_works_when_copied_alone(function, arguments, shape):
     for a, b in zip(copied, ours):
         assert torch.equal(a, b)
     assert tuple(torch.stack(list(copied)).shape) == shape
+
+
+@pytest.mark.parametrize("residual, dtype", [(True, torch.float32), (False, torch.bfloat16)])
+def test_under_bf16_a_skip_keeps_tokens_in_float32(residual, dtype):
+    """As the README's limits say: the two are then compared at different precision."""
+    model = ViT(16, 8, dim=32, depth=2, num_heads=2, num_classes=3, residual=residual)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = model.forward_features(torch.randn(2, 3, 16, 16), [0, 1, 2])
+    assert [x.dtype for x in tokens] == [torch.float32, dtype, dtype]
