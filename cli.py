@@ -55,11 +55,8 @@ def one_line_errors(memory_advice: str) -> Iterator[None]:
                 code=1,
             )
         if isinstance(error, DistBackendError) or "gloo/transport" in text:
-            fail(
-                "lost another process of this run, which tells or is told of elsewhere; continue "
-                "with --resume and the run's last.pt",
-                code=1,
-            )
+            said = " ".join(text.split())[-300:]
+            fail(f"the processes lost touch, usually since one has ended: {said}", code=1)
         if "can't allocate memory" not in text:  # the CPU's way to be out of memory
             raise
         fail(f"out of memory; {memory_advice}")
@@ -228,17 +225,20 @@ def trainer_flags(description: str, demo: dict, folder: dict, skipless: dict):
     return p, add
 
 
-def stored_settings(p: argparse.ArgumentParser, checkpoint: dict) -> dict:
-    """A checkpoint's settings; the end of the program where the flags would not take them."""
-    words = []
-    for name, value in checkpoint["args"].items():
-        flag = "--" + name.replace("_", "-")
-        if value is True:
-            words.append(flag)
-        elif value is not None and value is not False:
-            words.append(f"{flag}={value}")
+def stored_settings(p: argparse.ArgumentParser, demo: dict, checkpoint: dict) -> dict:
+    """All settings of a checkpoint; the end of the program where the flags would not take them."""
+    words, stored = [], checkpoint["args"]
     p.error = lambda message: fail(f"checkpoint {checkpoint['path']} is damaged: {message}")
-    return checkpoint["args"] | vars(p.parse_args(words))
+    for name, value in stored.items():
+        flag = "--" + name.replace("_", "-")
+        if name not in demo:
+            p.error(f"unknown setting {name}")
+        if value is None or value is False:
+            if demo[name] is not None and demo[name] is not False:
+                p.error(f"{flag} is {value}")
+        else:
+            words.append(flag if value is True else f"{flag}={value}")
+    return demo | stored | vars(p.parse_args(words))
 
 
 def layered(*layers: dict) -> dict:

@@ -169,7 +169,7 @@ def saved_bytes(forward: Callable[[], object]) -> int:
     def note(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-        return x
+        return x.detach()  # x itself would hold its graph, and that would hold x
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         out = forward()  # held, or freed addresses would be counted once for several
@@ -183,8 +183,9 @@ def say_memory(
 ) -> None:  # fmt: skip
     """Print what a training step will hold: an estimate, from forward passes of one image and two.
 
-    shapes: of one image in each of the network's inputs. images: that go through it at once. The
-    loss, kernels' workspaces and what lies unused between two pieces of memory are left out.
+    shapes: of one image in each of the network's inputs. images: that go through it at once. Left
+    out: the loss, kernels' workspaces, averaged weights or a teacher, DDP's copy of the gradients,
+    and that several processes share SOAP's state by the number of parameters, not quite evenly.
     """
 
     def forward(count: int):
@@ -201,10 +202,10 @@ def say_memory(
         state /= dist.get_world_size() if dist.is_initialized() else 1
     total = 2 * weights + state + images * an_image
     say(
-        f"memory  about {total / 1e9:.2g} GB: {an_image / 1e6:.2g} MB for each of {images} images, "
-        f"{(2 * weights + state) / 1e9:.2g} GB for weights, gradients and optimizer"
+        f"memory  at least {total / 1e9:.2f} GB: {an_image / 1e6:.1f} MB for each of {images} "
+        f"images, {(2 * weights + state) / 1e9:.2f} GB for weights, gradients and optimizer"
     )
-    if device.type == "cuda" and total > torch.cuda.mem_get_info(device)[0]:
+    if device.type == "cuda" and total - weights > torch.cuda.mem_get_info(device)[0]:
         say("note    this GPU has less free: raise --grad-accum or add --checkpoint-activations")
 
 
@@ -237,6 +238,35 @@ def build_optimizer(
     if opt == "soap":
         return SOAP(groups, lr=lr)
     return torch.optim.AdamW(groups, lr=lr, betas=adamw_betas, fused=True)
+
+
+def whole_state(x: Tensor | nn.Module | Optimizer) -> Tensor | dict:
+    """What a checkpoint keeps of it. Of a shared-out optimizer the first process gets all parts,
+    in the form in which one process would have kept them.
+
+    (ZeRO's own consolidate_state_dict makes a Python object of every byte: minutes, of gigabytes.)
+    """
+    if isinstance(x, Tensor):
+        return x
+    if not isinstance(x, ZeroRedundancyOptimizer):
+        return x.state_dict()
+    params = [p for group in x.param_groups for p in group["params"]]
+    parts = {}
+    for i, p in enumerate(params):
+        if state := x.optim.state.get(p):
+            parts[i] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
+    for rank in range(1, dist.get_world_size()):
+        if dist.get_rank() == rank:
+            dist.send_object_list([parts], 0)
+        elif main_process():
+            received = [None]
+            dist.recv_object_list(received, rank)
+            parts |= received[0]
+    numbers = {p: i for i, p in enumerate(params)}
+    groups = [
+        group | dict(params=[numbers[p] for p in group["params"]]) for group in x.param_groups
+    ]
+    return dict(state=dict(sorted(parts.items())), param_groups=groups)
 
 
 def cosine(first: float, last: float, progress: float) -> float:

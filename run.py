@@ -26,6 +26,7 @@ from engine import (
     say,
     say_memory,
     uses_bf16,
+    whole_state,
 )
 
 
@@ -185,12 +186,9 @@ class Run:
         ]
         if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
             self.break_off("a weight is not finite")
-        for x in self.kept.values():
-            if isinstance(x, ZeroRedundancyOptimizer):
-                x.consolidate_state_dict()  # the others' parts to the first process
+        states = {k: whole_state(x) for k, x in self.kept.items()}
         if not main_process():
             return
-        states = {k: x if isinstance(x, Tensor) else x.state_dict() for k, x in self.kept.items()}
         place = dict(epoch=self.epoch, step=self.step, sums=sums, history=self.history)
         place |= dict(seconds=self.seconds + time.time() - self.started)
         files.save_checkpoint(self.out / "last.pt", self.facts | states | place)
@@ -213,7 +211,7 @@ class Run:
             else:
                 networks.load_(x, checkpoint.get(name), checkpoint)
             if isinstance(x, ZeroRedundancyOptimizer):
-                x.state.clear()  # a copy of what the optimizer inside it has taken
+                x.state.clear()  # a second copy of what the optimizer inside it has taken
         self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
         self.seconds, self.history = checkpoint["seconds"], checkpoint["history"]
         self.sums = {k: torch.tensor(v, device=self.device) for k, v in checkpoint["sums"].items()}

@@ -135,7 +135,7 @@ def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
     checkpoint = files.load_checkpoint(path, "train_cls") if path else None
     # up to rounding these change nothing either
     free = cli.FREE_TO_CHANGE | ({"batch_size", "amp"} if "eval" in explicit else {"grad_accum"})
-    stored = checkpoint and DEMO | cli.stored_settings(p, checkpoint)
+    stored = checkpoint and cli.stored_settings(p, DEMO, checkpoint)
     return cli.settle(explicit, DEMO, FOLDER, SKIPLESS, stored, free), checkpoint
 
 
@@ -269,7 +269,7 @@ def main() -> None:
         )
 
     final = run.history[-1]
-    if final["val_loss"] > 0.99 * math.log(len(classes)):
+    if final["loss"] > 0.99 * math.log(len(classes)):
         engine.say("note    nothing learned: the loss is that of guessing; try another --lr")
     engine.say(
         f"top-1 {final['top1']:.1f} %  top-5 {final['top5']:.1f} %  "

@@ -149,7 +149,7 @@ def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
     explicit = vars(p.parse_args())
     path = explicit.get("resume")
     checkpoint = files.load_checkpoint(path, "train_ssl") if path else None
-    stored = checkpoint and DEMO | cli.stored_settings(p, checkpoint)
+    stored = checkpoint and cli.stored_settings(p, DEMO, checkpoint)
     free = cli.FREE_TO_CHANGE | {"grad_accum"}  # which up to rounding changes nothing either
     return cli.settle(explicit, DEMO, FOLDER, SKIPLESS, stored, free), checkpoint
 

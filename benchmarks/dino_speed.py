@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from turns import in_turns, medians, ratio
+from turns import in_turns, medians, ratio, two_or_more
 
 import cli
 import engine
@@ -26,11 +26,9 @@ def main() -> None:
     p.error, add = cli.fail, p.add_argument
     add("--model", choices=list(PRESETS), default="small", help="network [small]")
     add("--batch-size", type=cli.count, default=2, help="images [2]")
-    add("--repeats", type=cli.count, default=6, help="timed, from 2 on [6]")
+    add("--repeats", type=two_or_more, default=6, help="timed [6]")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     args = p.parse_args()
-    if args.repeats < 2:
-        cli.fail("--repeats must be at least 2: quartiles are made of them")
     device, _, _ = engine.start_processes(args.device)
     model = ViT(**PRESETS[args.model], residual=False, pool="mean").to(device)
     crops = [torch.randn(args.batch_size, 3, 224, 224, device=device) for _ in range(2)]

@@ -49,8 +49,10 @@ def main() -> None:
     for name in args.models:
         dim, depth, heads = PRESETS[name].values()
         block = ViT(dim=dim, depth=1, num_heads=heads, residual=False)
-        ways = [partial(conditioned_init_, block), partial(an_svd_a_head, dim, heads)]
-        ours, plain = in_turns(dict(enumerate(ways)), args.repeats).values()
+        ways = dict(
+            ours=partial(conditioned_init_, block), plain=partial(an_svd_a_head, dim, heads)
+        )
+        ours, plain = in_turns(ways, args.repeats).values()
         ratios = sorted(b / a for a, b in zip(ours, plain))
         print(
             f"{name:6s} ours {depth * median(ours):6.2f} s, an SVD a head "

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from turns import in_turns, medians, ratio
+from turns import in_turns, medians, ratio, two_or_more
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -29,11 +29,9 @@ def block_of(name: str):
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.error = cli.fail
-    p.add_argument("--repeats", type=cli.count, default=6, help="of each, from 2 on [6]")
+    p.add_argument("--repeats", type=two_or_more, default=6, help="of each [6]")
     p.add_argument("--tokens", type=cli.count, default=197, help="of the larger K [197]")
     args = p.parse_args()
-    if args.repeats < 2:
-        cli.fail("--repeats must be at least 2: quartiles are made of them")
     block = block_of("nano")
     K = attention_jacobian(block.attention, torch.randn(17, 64, dtype=torch.float64))
     ways = {

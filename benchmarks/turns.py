@@ -1,8 +1,19 @@
 """What the benchmarks share: ways to do one thing are timed in turns, in one process."""
 
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median, quantiles
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cli
+
+
+def two_or_more(text: str) -> int:
+    """A flag's number of repeats."""
+    return cli.checked(text, int, lambda x: x > 1, "be at least 2: quartiles are made of them")
 
 
 def in_turns(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:

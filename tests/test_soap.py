@@ -224,19 +224,24 @@ def test_complex_parameters_are_refused():
 SHARED = """
 import torch, torch.distributed as dist
 import engine
+from identity_init import NEEDS, hold_pairs
 from minskip import ViT
 
-def trained(steps, state=None):
+def trained(steps):
+    def optimizer_of(vit):
+        optimizer = engine.build_optimizer(vit, "soap", 1e-2, 0.01)
+        hold_pairs(optimizer, vit)
+        return optimizer
+
     torch.manual_seed(0)
-    vit = ViT(image_size=16, patch_size=8, dim=32, depth=2, num_heads=2, num_classes=5)
-    optimizer, last = engine.build_optimizer(vit, "soap", 1e-2, 0.01), None
+    vit = ViT(image_size=16, patch_size=8, dim=32, depth=2, num_heads=2, num_classes=5, **NEEDS)
+    optimizer = optimizer_of(vit)
     for step in range(steps):
         if step == 12 and dist.is_initialized():  # resumed from a checkpoint
-            optimizer.consolidate_state_dict()
-            states = [optimizer.state_dict() if engine.main_process() else None]
+            states = [engine.whole_state(optimizer)]
             dist.broadcast_object_list(states)
             held = len(optimizer.optim.state)
-            optimizer = engine.build_optimizer(vit, "soap", 1e-2, 0.01)
+            optimizer = optimizer_of(vit)
             optimizer.load_state_dict(states[0])
             assert 0 < held < len(list(vit.parameters())) and len(optimizer.optim.state) == held
         generator = torch.Generator().manual_seed(step)
@@ -250,10 +255,10 @@ def main():
     dist.init_process_group("gloo")
     together, shared = trained(25)
     assert all(torch.equal(a, b) for a, b in zip(alone, together))
-    shared.consolidate_state_dict()
+    one, shared = engine.whole_state(one), engine.whole_state(shared)
     if engine.main_process():
-        one, shared = one.state_dict(), shared.state_dict()
         assert one["param_groups"] == shared["param_groups"]
+        assert list(one["state"]) == list(shared["state"])
         for i, state in one["state"].items():
             for name, value in state.items():
                 assert torch.equal(*map(torch.as_tensor, (value, shared["state"][i][name])))

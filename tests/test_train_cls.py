@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -505,14 +506,18 @@ def test_a_killed_process_ends_the_others_and_what_was_saved_is_usable(
     command = [*launcher, ROOT / "train_cls.py", *words]
     how = dict(cwd=tmp_path, env=script_environment(), stderr=subprocess.PIPE, text=True)
     torchrun = subprocess.Popen([str(x) for x in command], stdout=subprocess.DEVNULL, **how)
-    log = tmp_path / "run/log.jsonl"
-    while torchrun.poll() is None and not (log.exists() and log.read_text()):
-        time.sleep(0.05)
-    ranks = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-    os.kill(int(ranks[-1]), signal.SIGKILL)
-    _, stderr = torchrun.communicate(timeout=60)
+    try:
+        log, begun = tmp_path / "run/log.jsonl", time.time()
+        while torchrun.poll() is None and not (log.exists() and log.read_text()):
+            assert time.time() < begun + 100
+            time.sleep(0.05)
+        ranks = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+        os.kill(int(ranks[-1]), signal.SIGKILL)
+        _, stderr = torchrun.communicate(timeout=60)
+    finally:
+        torchrun.terminate()  # which ends its processes too
     assert torchrun.returncode == 1 and "Signal 9 (SIGKILL)" in stderr
-    assert "error: lost another process of this run" in stderr or "SIGTERM" in stderr
+    assert "error: the processes lost touch" in stderr or "Signal 15 (SIGTERM)" in stderr
     assert "[rank" not in stderr  # no traceback of ours
     saved = load(tmp_path / "run/last.pt")
     shorter = saved["args"] | dict(epochs=saved["epoch"] + 1)
@@ -585,8 +590,10 @@ def test_bad_flags_end_in_one_line(
 BAD_SETTINGS = {
     "lr": (-1.0, "--lr: must be positive; it is -1.0"),
     "epochs": ("soon", "--epochs: invalid count value: 'soon'"),
+    "batch_size": (None, "--batch-size is None"),
+    "seed": (False, "--seed is False"),
     "model": ("huge", "--model: invalid choice: 'huge'"),
-    "colour": ("red", "unrecognized arguments: --colour=red"),
+    "colour": ("red", "unknown setting colour"),
 }
 
 
@@ -673,18 +680,34 @@ def test_the_first_process_s_weights_are_all_processes_s(monkeypatch):
     assert all((x == 7).all() for x in model.state_dict().values())
 
 
+def test_what_autograd_keeps_is_counted_and_let_go():
+    """Softmax keeps its own output; GELU the hidden units; linear layers their inputs."""
+    d, h, held = 300, 500, []
+
+    def forward(images: int):
+        hidden = nn.functional.linear(torch.zeros(images, d), torch.ones(h, d, requires_grad=True))
+        held.append(weakref.ref(hidden))
+        return nn.functional.gelu(hidden).softmax(-1)
+
+    assert engine.saved_bytes(lambda: forward(2)) - engine.saved_bytes(lambda: forward(1)) == 4 * (
+        d + h + h
+    )
+    assert [reference() for reference in held] == [None, None]
+
+
 def test_memory_is_told_before_the_first_step(capsys):
-    """Two linear layers: autograd keeps the input and the hidden units before and after GELU."""
     d, h = 300, 500
     net = nn.Sequential(nn.Linear(d, h), nn.GELU(), nn.Linear(h, d))
-    one, two = (engine.saved_bytes(lambda n=n: net(torch.zeros(n, d))) for n in (1, 2))
-    assert two - one == 4 * (d + 2 * h)
-    told = functools.partial(engine.say_memory, net, [(d,)], 10_000, device=torch.device("cpu"))
-    told(opt="adamw", amp="off")
-    activations, fixed = 10_000 * 4 * (d + 2 * h) / 1e9, 16 * (2 * d * h + d + h) / 1e9
-    numbers = [float(x) for x in re.findall(r"[\d.]+(?= GB| MB)", capsys.readouterr().out)]
-    assert numbers == pytest.approx([activations + fixed, 4e-6 * (d + 2 * h), fixed], rel=0.1)
-    told(opt="soap", amp="off")
-    fixed += 4 * 2 * 2 * (d**2 + h**2) / 1e9  # two factors and two bases, of two matrices
-    numbers = [float(x) for x in re.findall(r"[\d.]+(?= GB| MB)", capsys.readouterr().out)]
-    assert numbers == pytest.approx([activations + fixed, 4e-6 * (d + 2 * h), fixed], rel=0.1)
+    an_image, weights = 4 * (d + 2 * h), 4 * (2 * d * h + d + h)
+    cpu = torch.device("cpu")
+    for opt in ("adamw", "soap"):
+        fixed = 4 * weights  # they, their gradients, two moments
+        if opt == "soap":  # two factors and two bases, of two matrices
+            fixed += 4 * 2 * 2 * (d**2 + h**2)
+        engine.say_memory(net, [(d,)], 10_000, opt, cpu, "off")
+        told = re.findall(r"[\d.]+(?= GB| MB)", capsys.readouterr().out)
+        total = fixed + 10_000 * an_image
+        assert told == [f"{total / 1e9:.2f}", f"{an_image / 1e6:.1f}", f"{fixed / 1e9:.2f}"]
+    long = nn.Linear(2, 20_000, bias=False)  # whose long side gets no factor
+    engine.say_memory(long, [(2,)], 1, "soap", cpu, "off")
+    assert " 0.00 GB for weights" in capsys.readouterr().out
