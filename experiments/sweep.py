@@ -10,9 +10,10 @@ DATA holds train/<class>/* and val/<class>/*. Words behind `--` go to the traine
 
 Every arm is tuned alike: trained on four fifths of the training images and measured on the rest, at
 learning rates a factor of three apart, until the best has a worse one on either side or three are
-equal (of equal ones the lower validation loss, then the lower rate is better). Then it is trained
-on all training images at that rate, once a seed, and measured on val after the last epoch. With
---camvid a linear probe follows on the last block and on four (`eval_dense.py segment`).
+equal. Of equal ones the lower validation loss is better, then what a second seed says, then the
+lower rate. Then it is trained on all training images at that rate, once a seed, and measured on val
+after the last epoch. With --camvid a linear probe follows on the last block and on four
+(`eval_dense.py segment`).
 
 Each run is a process on one thread. They go in rounds: tuning runs, as long as an arm has a rate to
 try; then the seeds; then the probes. Ctrl-C saves and ends them; the same command continues, and
@@ -47,7 +48,6 @@ from data import image_folders
 ROOT = Path(cli.__file__).parent
 METRICS = {"train_cls.py": "top1", "train_ssl.py": "knn"}
 LADDER = [float(f"{digit}e-{power}") for power in range(6, 0, -1) for digit in (1, 3)]  # of rates
-TUNING_SEED = 0
 PROBES = ["last", "quarters"]  # blocks that the linear probe reads
 SET_HERE = "--data --out --resume --eval --lr --seed --epochs --depth --opt --skipless --init "
 SET_HERE += "--norm --attention --activation"
@@ -82,33 +82,46 @@ def log_of(args: argparse.Namespace, folder: Path) -> list[dict] | None:
     return rows if rows and rows[-1]["epoch"] == epochs_of(args, folder) else None
 
 
-def tuning_logs(args: argparse.Namespace, cell: str) -> dict[float, list[dict]]:
-    """Learning rate -> log, of the cell's finished tuning runs."""
-    folders = args.work.glob(f"tune/{cell}-lr*-seed{TUNING_SEED}")
-    logs = {folder: log_of(args, folder) for folder in folders}
-    return {parts(folder)[3]: log for folder, log in logs.items() if log is not None}
+def tuning_logs(args: argparse.Namespace, cell: str) -> dict[float, list[list[dict]]]:
+    """Learning rate -> logs, by seed, of the cell's finished tuning runs."""
+    found = {}
+    for folder in sorted(args.work.glob(f"tune/{cell}-lr*-seed*")):
+        if (log := log_of(args, folder)) is not None:
+            found.setdefault(parts(folder)[3], []).append(log)
+    return found
 
 
-def worth(log: list[dict], metric: str) -> tuple[float, float]:
-    last = log[-1] if log else {metric: -math.inf}  # diverged
-    return last[metric], -last.get("val_loss", 0)
+def worth(logs: list[list[dict]], metric: str) -> tuple[float, float]:
+    """The last value, and less the last loss, as means over the seeds."""
+    last = [log[-1] if log else {metric: -math.inf} for log in logs]  # [] diverged
+    return mean(row[metric] for row in last), -mean(row.get("val_loss", 0) for row in last)
 
 
-def best_rate(logs: dict[float, list[dict]], metric: str) -> float:
+def diverges(logs: list[list[dict]], metric: str) -> bool:
+    return worth(logs, metric)[0] == -math.inf
+
+
+def best_rate(logs: dict[float, list[list[dict]]], metric: str) -> float:
     return max(logs, key=lambda rate: (worth(logs[rate], metric), -rate))
 
 
-def next_rates(logs: dict[float, list[dict]], metric: str, first: list[float]) -> list[float]:
-    """The rates to try next: those to begin with, then one beyond the end where the best is."""
+def next_runs(
+    logs: dict[float, list[list[dict]]], metric: str, first: list[float]
+) -> list[tuple[float, int]]:
+    """(rate, seed) of the runs to make next: at the rates to begin with, then one beyond the end
+    where the best is, at last a second seed for the best where they are equal."""
     if missing := [rate for rate in first if rate not in logs]:
-        return missing
-    found = {worth(log, metric) for log in logs.values()}
-    if len(logs) > 2 and len(found) == 1 and any(logs.values()):
-        return []  # three rates, one result: it does not depend on the rate
+        return [(rate, 0) for rate in missing]
+    worths = {rate: worth(of_rate, metric) for rate, of_rate in logs.items()}
     best = best_rate(logs, metric)
+    learns = not diverges(logs[best], metric)
+    if learns and len(logs) > 2 and len(set(worths.values())) == 1:
+        return []  # three rates, one result: it does not depend on the rate
     below = [rate for rate in LADDER if rate < best == min(logs)]
     above = [rate for rate in LADDER if rate > best == max(logs)]
-    return below[-1:] + above[:1]
+    equal = [rate for rate in sorted(logs) if learns and worths[rate] == worths[best]]
+    again = [(rate, 1) for rate in equal if len(equal) > 1 == len(logs[rate])]
+    return [(rate, 0) for rate in below[-1:] + above[:1]] or again
 
 
 # --------------------------------------------------------------------------------------------------
@@ -205,15 +218,15 @@ def work_through(args: argparse.Namespace, cells: list[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: asked.append(number))
     while tuning := [
-        args.work / f"tune/{cell}-lr{rate:g}-seed{TUNING_SEED}"
+        args.work / f"tune/{cell}-lr{rate:g}-seed{seed}"
         for cell in cells
-        for rate in next_rates(tuning_logs(args, cell), args.metric, args.rates)
+        for rate, seed in next_runs(tuning_logs(args, cell), args.metric, args.rates)
     ]:
         run_all(args, tuning, asked)
     for cell in cells:
         logs = tuning_logs(args, cell)
-        if any(logs.values()):  # else it diverges at every rate
-            best = best_rate(logs, args.metric)
+        best = best_rate(logs, args.metric)
+        if not diverges(logs[best], args.metric):  # else it does at every rate
             final += [args.work / f"full/{cell}-lr{best:g}-seed{seed}" for seed in args.seeds]
     run_all(args, final, asked)
     trained = [folder for folder in final if log_of(args, folder)]
@@ -298,10 +311,11 @@ def write_table(path: Path, columns: str, rows: list[list]) -> None:
     print(f"\n{text}{path}")
 
 
-def tuning_curve(logs: dict[float, list[dict]], metric: str) -> np.ndarray:
-    """(4, rates that did not diverge): the rate, and thrice the last value there."""
-    points = [[rate, *[logs[rate][-1][metric]] * 3] for rate in sorted(logs) if logs[rate]]
-    return np.array(points).T
+def tuning_curve(logs: dict[float, list[list[dict]]], metric: str) -> np.ndarray:
+    """(4, rates that did not diverge): the rate, mean of the last values there, lowest, highest."""
+    kept = {rate: x for rate, x in sorted(logs.items()) if not diverges(x, metric)}
+    values = {rate: [log[-1][metric] for log in of_rate] for rate, of_rate in kept.items()}
+    return np.array([[rate, mean(x), min(x), max(x)] for rate, x in values.items()]).T
 
 
 def draw(path: Path, curves: dict[tuple, np.ndarray], title: str, against: str = "epoch") -> None:
@@ -350,11 +364,10 @@ def show(args: argparse.Namespace) -> None:
     # of the arms residual comes first
     for opt, depth, arm in sorted({(opt, depth, arm) for arm, depth, opt, *_ in names}):
         tuned = tuning_logs(args, f"{arm}-{depth}-{opt}")
-        if not any(tuned.values()):
+        if not tuned or diverges(tuned[rate := best_rate(tuned, metric)], metric):
             continue
         rates[opt, depth, arm] = tuning_curve(tuned, metric)
-        rate = best_rate(tuned, metric)
-        row = [arm, depth, opt, f"{tuned[rate][-1][metric]:.1f}", f"{rate:g}"]
+        row = [arm, depth, opt, f"{worth(tuned[rate], metric)[0]:.1f}", f"{rate:g}"]
         start = f"full/{arm}-{depth}-{opt}-lr{rate:g}-seed"
         logs = [log_of(args, folder) for folder in args.work.glob(f"{start}*")]
         if finished := [log for log in logs if log]:

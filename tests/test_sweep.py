@@ -198,23 +198,31 @@ def test_of_equal_rates_the_lower_loss_then_the_lower_rate_is_best():
     def log(top1: float, loss: float) -> list[dict]:
         return [dict(top1=99.0, val_loss=0.0), dict(top1=top1, val_loss=loss)]
 
-    worse, equal, lower = log(10.0, 2.0), log(20.0, 2.5), log(20.0, 2.3)
+    worse, equal, lower = [log(10.0, 2.0)], [log(20.0, 2.5)], [log(20.0, 2.3)]
     assert sweep.best_rate({1e-4: worse, 1e-3: equal, 1e-2: lower}, "top1") == 1e-2
     assert sweep.best_rate({1e-4: equal, 1e-3: equal, 1e-2: equal}, "top1") == 1e-4
-    assert sweep.best_rate({1e-4: [], 1e-3: worse}, "top1") == 1e-3  # [] diverged
-    knn = [dict(knn=20.0)]
-    assert sweep.best_rate({3e-3: knn, 1e-3: knn, 1e-2: [dict(knn=21.0)]}, "knn") == 1e-2
+    assert sweep.best_rate({1e-4: [[]], 1e-3: worse}, "top1") == 1e-3  # [] diverged
+    knn = [[dict(knn=20.0)]]
+    assert sweep.best_rate({3e-3: knn, 1e-3: knn, 1e-2: [[dict(knn=21.0)]]}, "knn") == 1e-2
     assert sweep.best_rate({3e-3: knn, 1e-3: knn}, "knn") == 1e-3
+    twice = {1e-4: [[dict(knn=20.0)], [dict(knn=23.0)]], 1e-3: [[dict(knn=22.0)]]}
+    assert sweep.best_rate(twice, "knn") == 1e-3  # means over seeds
 
 
-def test_three_equal_rates_end_the_tuning():
-    """Else it would walk the whole ladder; where all diverge a lower one may still help."""
+def test_what_is_tried_when_rates_are_equal():
+    """Three that are all equal end the tuning, which would else walk the whole ladder; where all
+    diverge a lower one may still help; of two that are best a second seed is asked, once."""
 
-    def then(*rates: float, log=(dict(knn=20.0),)) -> list[float]:
-        return sweep.next_rates({rate: log for rate in rates}, "knn", [1e-3])
+    def then(logs: dict) -> list[tuple[float, int]]:
+        made = {x: [[dict(knn=v)] if v else [] for v in values] for x, values in logs.items()}
+        return sweep.next_runs(made, "knn", [1e-3])
 
-    assert then(1e-3, 3e-3) == [3e-4] and then(3e-4, 1e-3, 3e-3) == []
-    assert then(3e-4, 1e-3, 3e-3, log=[]) == [1e-4]
+    assert then({1e-3: [20], 3e-3: [20]}) == [(3e-4, 0)]
+    assert then({3e-4: [20], 1e-3: [20], 3e-3: [20]}) == []
+    assert then({3e-4: [None], 1e-3: [None], 3e-3: [None]}) == [(1e-4, 0)]
+    assert then({1e-4: [19], 3e-4: [20], 1e-3: [20], 3e-3: [19]}) == [(3e-4, 1), (1e-3, 1)]
+    assert then({1e-4: [19], 3e-4: [20, 18], 1e-3: [20, 21], 3e-3: [19]}) == []
+    assert then({1e-4: [19], 3e-4: [20, 21], 1e-3: [20, 21], 3e-3: [19]}) == []
 
 
 def test_the_held_back_part_is_every_fifth_training_image_by_links(stubbed, image_root):
@@ -358,8 +366,13 @@ def test_the_tables_figures(stubbed, tmp_path, monkeypatch):
     assert table in stubbed.out() and table == "\n" + (work / "table.md").read_text()
     assert (work / "curves.png").stat().st_size > 10_000
     assert (work / "rates.png").stat().st_size > 10_000
-    logs = {3e-3: [dict(top1=9), dict(top1=50)], 1e-3: [dict(top1=35)], 1e-2: []}
-    assert sweep.tuning_curve(logs, "top1").tolist() == [[1e-3, 3e-3], *[[35, 50]] * 3]
+    logs = {
+        3e-3: [[dict(top1=9), dict(top1=50)], [dict(top1=40)]],
+        1e-3: [[dict(top1=35)]],
+        1: [[]],
+    }
+    curve = [[1e-3, 3e-3], [35, 45], [35, 40], [35, 50]]
+    assert sweep.tuning_curve(logs, "top1").tolist() == curve
 
 
 def test_a_curve_is_the_mean_and_range_of_the_measured_epochs():
