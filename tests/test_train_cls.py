@@ -478,7 +478,9 @@ def test_two_processes_compute_the_gradient_of_one(image_root, tmp_path):
     assert a["history"][0]["val_loss"] == pytest.approx(b["history"][0]["val_loss"], rel=1e-3)
 
 
-def test_what_two_processes_began_with_soap_one_goes_on_with(image_root, tmp_path, monkeypatch):
+def test_what_two_processes_began_with_soap_one_goes_on_with(
+    image_root, tmp_path, monkeypatch, capsys
+):
     """Each process keeps the optimizer's state of some weights; the checkpoint holds all of it."""
     args = ["--data", image_root, *SMALL, "--skipless", "--epochs", "1", "--out", "two"]
     args += "--warmup-epochs 0 --mixup 0 --cutmix 0".split()
@@ -489,6 +491,8 @@ def test_what_two_processes_began_with_soap_one_goes_on_with(image_root, tmp_pat
     two = load(path)
     torch.save(two | dict(args=two["args"] | dict(epochs=2)), path)  # as if half done
     run_main(train_cls.main, ["--resume", path], tmp_path, monkeypatch)
+    for out, at_once in ((done.stdout, 6), (capsys.readouterr().out, 12)):
+        assert f" MB for each of {at_once} images" in out
     one = load(path)
     for steps, checkpoint in ((5, two), (10, one)):
         states = checkpoint["optimizer"]["state"]
