@@ -73,7 +73,7 @@ SHORT = {
 PLACEHOLDERS = {  # what stands for what in a printed command
     r"(RUN|runs/a)/last\.pt": "{run}",
     r"(OTHER|runs/b)/last\.pt": "{other}",
-    r"(runs/sweep|results/tiny-imagenet)": "{sweep}",
+    r"(runs/sweep|results/tiny-imagenet|results/neighbours)": "{sweep}",
     r"(/imagenet|DATA|TINY)\b": "{images}",
     r"(CAMVID|ROOT)\b": "{scenes}",
     r"\w+\.(png|jpg)\b": "{street}",
