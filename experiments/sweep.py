@@ -324,7 +324,7 @@ def draw(path: Path, curves: dict[tuple, np.ndarray], title: str, against: str =
     curves: (optimizer, depth, arm) -> `curve`, or what it is against, mean, lowest, highest.
     """
     panels = sorted({(opt, depth) for opt, depth, _ in curves})
-    size = dict(figsize=(4.2 * len(panels), 3.6), layout="constrained")
+    size = dict(figsize=(max(4.2 * len(panels), 5.6), 3.8), layout="constrained")
     figure, axes = pictures.plt.subplots(1, len(panels), sharey=True, squeeze=False, **size)
     lines, arms = {}, list(dict.fromkeys(arm for _, _, arm in curves))
     for (opt, depth, arm), (x, middle, lowest, highest) in curves.items():
@@ -337,7 +337,8 @@ def draw(path: Path, curves: dict[tuple, np.ndarray], title: str, against: str =
         else:
             ax.set_xscale("log")
         pictures.tidy(ax, f"{title}, {depth} blocks, {opt}")
-    below = dict(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    columns = 4 if len(panels) > 1 else 2
+    below = dict(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     figure.legend(lines.values(), lines, **below)
     pictures.save_figure(figure, path)
     print(path)
