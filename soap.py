@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 LONGEST_SIDE = 10_000  # that is preconditioned, unless another is asked for
+# Entries of a matrix that a CPU updates by itself: to stack it with others would cost a copy of its
+# state, which is several times its size, and win nothing. A GPU gains by fewer, larger calls.
+ALONE_ON_CPU = 2**15
 
 
 def as_matrix_shape(shape: torch.Size) -> tuple[int, int] | None:
@@ -151,9 +154,10 @@ class SOAP(Optimizer):
                         continue
                     if p.grad.is_sparse or p.is_complex():
                         raise RuntimeError("SOAP takes dense real gradients only")
-                    key = (p.shape, p.dtype, p.device, self.state[p].get("step", 0))
-                    alike[key].append(p)
-                for (*_, step), params in alike.items():
+                    alone = p.device.type == "cpu" and p.numel() > ALONE_ON_CPU
+                    kind = id(p) if alone else (p.shape, p.dtype, p.device)
+                    alike[kind, self.state[p].get("step", 0)].append(p)
+                for (_, step), params in alike.items():
                     self._step_alike(params, step, group)
         finally:
             matmul.fp32_precision = precision
@@ -161,11 +165,15 @@ class SOAP(Optimizer):
 
     def _step_alike(self, params: list[Tensor], step: int, group: dict) -> None:
         """One update of parameters of one shape, stacked along a first axis."""
+
+        def stacked(tensors: list[Tensor]) -> Tensor:
+            return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)  # [None]: a view
+
         states = [self.state[p] for p in params]
         dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
         shape = as_matrix_shape(params[0].shape) or (params[0].numel(),)
         # (batch, rows, columns) for matrices, (batch, size) for vectors
-        G = torch.stack([p.grad.to(dtype) for p in params]).reshape(-1, *shape)
+        G = stacked([p.grad.to(dtype) for p in params]).reshape(-1, *shape)
         sides = (
             [s for s, size in zip("LR", shape) if size <= group["max_precondition_dim"]]
             if len(shape) == 2
@@ -178,7 +186,7 @@ class SOAP(Optimizer):
             S = {name: torch.zeros_like(G) for name in names[:2]}
             S |= {f"factor_{s}": G.new_zeros(len(G), sizes[s], sizes[s]) for s in sides}
         else:
-            S = {name: torch.stack([state[name] for state in states]) for name in names + bases}
+            S = {name: stacked([state[name] for state in states]) for name in names + bases}
 
         def project(X: Tensor, back: bool = False) -> Tensor:
             """Into the eigenbasis, Q_L^T X Q_R, or back out of it, Q_L X Q_R^T."""
@@ -215,11 +223,12 @@ class SOAP(Optimizer):
             state["step"] = step + 1
         refreshed = step % group["precondition_frequency"] == 0
         for name in names + bases if refreshed else names:
+            values = S[name].unbind()
             if step == 0:
-                for state, value in zip(states, S[name].unbind()):
+                for state, value in zip(states, values):
                     state[name] = value.clone()  # its own memory, not a view of the whole stack
-            else:
-                torch._foreach_copy_([state[name] for state in states], list(S[name].unbind()))
+            elif values[0].data_ptr() != states[0][name].data_ptr():  # else changed in place
+                torch._foreach_copy_([state[name] for state in states], list(values))
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As every optimizer's, except that float32 state of bf16 parameters stays float32.

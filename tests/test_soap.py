@@ -8,6 +8,7 @@ import torch
 from conftest import run_script
 from torch import nn
 
+import soap
 from soap import SOAP, as_matrix_shape, eigenbasis, refreshed_basis
 
 # Rows and columns differ by at most one: then the null space of the first G^T G is at most one
@@ -34,8 +35,10 @@ def run(optimizer, params, steps, first=0):
         optimizer.step()
 
 
-def test_same_trajectory_as_an_independent_soap():
-    """Sixty steps in float64, six refreshes of the eigenbasis."""
+@pytest.mark.parametrize("alone", [0, 2**15])
+def test_same_trajectory_as_an_independent_soap(alone, monkeypatch):
+    """Sixty steps in float64, six refreshes of the eigenbasis; each matrix by itself or stacked."""
+    monkeypatch.setattr(soap, "ALONE_ON_CPU", alone)
     theirs = pytest.importorskip("pytorch_optimizer").SOAP
     options = dict(lr=1e-2, weight_decay=0.1, precondition_frequency=10)
     ours_p, theirs_p = parameters(), parameters()
