@@ -234,7 +234,10 @@ def build_optimizer(
         dict(params=plain, weight_decay=0.0),
     ]
     if opt == "soap" and dist.is_initialized() and dist.get_world_size() > 1:
-        return ZeroRedundancyOptimizer(groups, SOAP, lr=lr)
+        optimizer = ZeroRedundancyOptimizer(groups, SOAP, lr=lr)
+        # else it keeps a second copy of what the optimizer inside it takes from a checkpoint
+        optimizer.register_load_state_dict_post_hook(lambda optimizer: optimizer.state.clear())
+        return optimizer
     if opt == "soap":
         return SOAP(groups, lr=lr)
     return torch.optim.AdamW(groups, lr=lr, betas=adamw_betas, fused=True)

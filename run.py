@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.data import DataLoader
 
 import files
@@ -210,8 +209,6 @@ class Run:
                 x.copy_(checkpoint[name])
             else:
                 networks.load_(x, checkpoint.get(name), checkpoint)
-            if isinstance(x, ZeroRedundancyOptimizer):
-                x.state.clear()  # a second copy of what the optimizer inside it has taken
         self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
         self.seconds, self.history = checkpoint["seconds"], checkpoint["history"]
         self.sums = {k: torch.tensor(v, device=self.device) for k, v in checkpoint["sums"].items()}

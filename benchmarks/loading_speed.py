@@ -29,16 +29,15 @@ SIZE = 224
 
 
 def draw_photographs(root: Path, count: int) -> None:
-    """ROOT/{train,val}/0/*.jpg."""
-    for split in ("train", "val"):
-        folder = root / split / "0"
-        folder.mkdir(parents=True)
-        for number in range(count):
-            [image], _, _ = draw_shapes([number], 500, split)
-            # grain, or the files are a fifth of a photograph's size
-            grainy = image[:, :375] + torch.randint(0, 20, (3, 375, 500))
-            grainy = grainy.clamp(max=255).to(torch.uint8)
-            v2.functional.to_pil_image(grainy).save(folder / f"{number}.jpg", quality=90)
+    """ROOT/train/0/*.jpg."""
+    folder = root / "train/0"
+    folder.mkdir(parents=True)
+    for number in range(count):
+        [image], _, _ = draw_shapes([number], 500, "train")
+        # grain, or the files are a fifth of a photograph's size
+        grainy = image[:, :375] + torch.randint(0, 20, (3, 375, 500))
+        grainy = grainy.clamp(max=255).to(torch.uint8)
+        v2.functional.to_pil_image(grainy).save(folder / f"{number}.jpg", quality=90)
 
 
 def customary() -> v2.Transform:
@@ -64,7 +63,7 @@ def main() -> None:
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as root:
         draw_photographs(Path(root), args.images)
-        train, _ = data.image_folders(root, check=False)
+        train = data.image_folder(root, "train")
         batch, cpu = min(32, args.images), torch.device("cpu")
         to_train, _ = data.augmentations(SIZE, drawn=False)
         ours = data.make_loader(

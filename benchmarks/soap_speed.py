@@ -11,9 +11,10 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
 import torch
+from turns import ratio, two_or_more
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -32,11 +33,9 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.error = cli.fail
     p.add_argument("--model", choices=list(PRESETS), default="nano", help="network [nano]")
-    p.add_argument("--tens", type=cli.count, default=6, help="timed tens of steps, from 2 on [6]")
+    p.add_argument("--tens", type=two_or_more, default=6, help="timed tens of steps [6]")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     args = p.parse_args()
-    if args.tens < 2:
-        cli.fail("--tens must be at least 2: quartiles are made of them")
     device, _, _ = start_processes(args.device)
     wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
 
@@ -57,11 +56,11 @@ def main() -> None:
             wait()
             sums[-1][i] += 100 * (time.perf_counter() - begun)
     ours, peer, adamw = zip(*sums[1:])  # the first ten build the factors
-    low, middle, high = quantiles([p / o for o, p in zip(ours, peer)], n=4)
+    compared = ratio({"ours": ours, "pytorch-optimizer's": peer}, "pytorch-optimizer's", "ours")
     print(
         f"{args.model} on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
         f"ms a step: SOAP here {median(ours):.1f}, pytorch-optimizer's {median(peer):.1f}, AdamW "
-        f"{median(adamw):.1f}\npytorch-optimizer's / ours: {middle:.2f} ({low:.2f} .. {high:.2f})"
+        f"{median(adamw):.1f}\n{compared}"
     )
 
 

@@ -24,6 +24,7 @@ torch.set_num_threads(1)  # a second thread costs these small matrices more than
 # A network of two narrow blocks on 16 x 16 pixels: an epoch takes a fraction of a second.
 SMALL = "--model nano --depth 2 --image-size 16 --patch-size 8 --batch-size 12 --device cpu".split()
 SMALL += "--epochs 2 --warmup-epochs 1 --workers 0".split()
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 OTHER_PARTS = dict(  # of a checkpoint that a test makes

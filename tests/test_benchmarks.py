@@ -83,7 +83,7 @@ def test_a_step_s_time_is_that_of_its_network(monkeypatch):
     [
         ("step_speed", "--steps 1", "--steps must be at least 2"),
         ("step_speed", "--image-size 20", "--image-size a multiple of 16"),
-        ("soap_speed", "--tens 1", "--tens must be at least 2"),
+        ("soap_speed", "--tens 1", "--tens: must be at least 2"),
         ("init_speed", "--repeats 0", "must be at least 1"),
         ("dino_speed", "--repeats 1", "--repeats: must be at least 2"),
         ("loading_speed", "--repeats 1", "--repeats: must be at least 2"),

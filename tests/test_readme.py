@@ -13,7 +13,7 @@ import fresh_process
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, run_script, script_environment
+from conftest import ROOT, SMALL, TWO_PROCESSES, run_script, script_environment
 from PIL import Image
 from torch import nn
 
@@ -86,8 +86,7 @@ def shortened(command: str) -> list[str]:
         command = re.sub(rf"(?<=[ =]){placeholder}", name, command)
     words = [word for word in shlex.split(command) if word not in ("...", "--compile")]
     if words[0] == "torchrun":
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        words = ["python", *launcher, *[word for word in words[1:] if "--n" not in word]]
+        words = ["python", *TWO_PROCESSES, *[word for word in words[1:] if "--n" not in word]]
     name = next(w for w in words if w.endswith(".py") or w == "pytest")
     short = SHORT[name.split("/")[-1]].split()
     if {"--resume", "--eval", "--explain", "--help", "--table"} & set(words):

@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import TWO_PROCESSES, run_script
 from torch import nn
 
 import soap
@@ -247,6 +247,7 @@ def trained(steps):
             optimizer = optimizer_of(vit)
             optimizer.load_state_dict(states[0])
             assert 0 < held < len(list(vit.parameters())) and len(optimizer.optim.state) == held
+            assert not optimizer.state  # no second copy
         generator = torch.Generator().manual_seed(step)
         for p in vit.parameters():
             p.grad = torch.randn(p.shape, generator=generator)
@@ -275,6 +276,5 @@ dist.destroy_process_group()
 def test_two_processes_that_share_the_work_take_the_steps_of_one(tmp_path):
     """To the last bit, a refresh and a resume between; each keeps a part of the state."""
     (tmp_path / "shared.py").write_text(SHARED)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = run_script(tmp_path / "shared.py", cwd=tmp_path, launcher=launcher)
+    done = run_script(tmp_path / "shared.py", cwd=tmp_path, launcher=TWO_PROCESSES)
     assert done.returncode == 0 and done.stdout == "the same\n", done.stderr

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from conftest import (
     ROOT,
     SMALL,
+    TWO_PROCESSES,
     assert_fails_in_one_line,
     make_image_folder,
     passes_computed_twice,
@@ -465,9 +466,8 @@ def test_two_processes_compute_the_gradient_of_one(image_root, tmp_path):
     args = ["--data", image_root, *SMALL, "--batch-size", "60", "--epochs", "1", "--opt", "adamw"]
     args += "--warmup-epochs 0 --mixup 0 --cutmix 0 --drop-path 0 --clip-grad 0".split()
     one = run_script("train_cls.py", *args, "--out", "one", cwd=tmp_path)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     args += ["--grad-accum", "3", "--out", "two"]
-    two = run_script("train_cls.py", *args, cwd=tmp_path, launcher=launcher)
+    two = run_script("train_cls.py", *args, cwd=tmp_path, launcher=TWO_PROCESSES)
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     a, b = (load(tmp_path / name / "last.pt") for name in ("one", "two"))
     moments = [c["optimizer"]["state"] for c in (a, b)]
@@ -484,8 +484,7 @@ def test_what_two_processes_began_with_soap_one_goes_on_with(
     """Each process keeps the optimizer's state of some weights; the checkpoint holds all of it."""
     args = ["--data", image_root, *SMALL, "--skipless", "--epochs", "1", "--out", "two"]
     args += "--warmup-epochs 0 --mixup 0 --cutmix 0".split()
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = run_script("train_cls.py", *args, cwd=tmp_path, launcher=launcher)
+    done = run_script("train_cls.py", *args, cwd=tmp_path, launcher=TWO_PROCESSES)
     assert done.returncode == 0, done.stderr
     path = tmp_path / "two/last.pt"
     two = load(path)
@@ -505,9 +504,8 @@ def test_what_two_processes_began_with_soap_one_goes_on_with(
 def test_a_killed_process_ends_the_others_and_what_was_saved_is_usable(
     image_root, tmp_path, monkeypatch
 ):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     words = ["--data", image_root, *SMALL, "--skipless", "--epochs", "5000", "--out", "run"]
-    command = [*launcher, ROOT / "train_cls.py", *words]
+    command = [sys.executable, *TWO_PROCESSES, ROOT / "train_cls.py", *words]
     how = dict(cwd=tmp_path, env=script_environment(), stderr=subprocess.PIPE, text=True)
     torchrun = subprocess.Popen([str(x) for x in command], stdout=subprocess.DEVNULL, **how)
     try:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     SMALL,
+    TWO_PROCESSES,
     assert_fails_in_one_line,
     make_image_folder,
     passes_computed_twice,
@@ -461,8 +462,7 @@ def test_two_processes_train_what_one_does(image_root, tmp_path):
     """Crops come of the image's seed and the centre is synchronised: the same up to rounding."""
     args = ["--data", image_root, *RUN, "--skipless", "--opt", "adamw"]
     one = run_script("train_ssl.py", *args, "--out", "one", cwd=tmp_path)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    two = run_script("train_ssl.py", *args, "--out", "two", cwd=tmp_path, launcher=launcher)
+    two = run_script("train_ssl.py", *args, "--out", "two", cwd=tmp_path, launcher=TWO_PROCESSES)
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     a, b = (load(tmp_path / name / "last.pt") for name in ("one", "two"))
     assert torch.allclose(a["centre"], b["centre"], atol=1e-4)
