@@ -697,7 +697,7 @@ def test_what_autograd_keeps_is_counted_and_let_go():
     assert [reference() for reference in held] == [None, None]
 
 
-def test_memory_is_told_before_the_first_step(capsys):
+def test_memory_is_told_before_the_first_step(capsys, monkeypatch):
     d, h = 300, 500
     net = nn.Sequential(nn.Linear(d, h), nn.GELU(), nn.Linear(h, d))
     an_image, weights = 4 * (d + 2 * h), 4 * (2 * d * h + d + h)
@@ -713,3 +713,11 @@ def test_memory_is_told_before_the_first_step(capsys):
     long = nn.Linear(2, 20_000, bias=False)  # whose long side gets no factor
     engine.say_memory(long, [(2,)], 1, "soap", cpu, "off")
     assert " 0.00 GB for weights" in capsys.readouterr().out
+    wide = nn.Linear(4000, 4000, bias=False)
+    for processes, state in ((1, 6), (2, 3)):  # copies: two moments, two factors, two bases; shared
+        for name, value in (("initialized", True), ("world_size", processes), ("rank", 0)):
+            name = f"is_{name}" if value is True else f"get_{name}"
+            monkeypatch.setattr(engine.dist, name, lambda value=value: value)
+        engine.say_memory(wide, [(4000,)], 1, "soap", cpu, "off")
+        expected = (2 + state) * 4 * 4000**2 / 1e9  # and weights and gradients
+        assert f" {expected:.2f} GB for weights" in capsys.readouterr().out
