@@ -4,6 +4,7 @@ Source: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", ICLR 
 (arXiv 2409.11321).
 """
 
+import math
 import warnings
 from collections import defaultdict
 
@@ -26,10 +27,7 @@ def as_matrix_shape(shape: torch.Size) -> tuple[int, int] | None:
     sizes = [size for size in shape if size != 1]
     if len(sizes) < 2:
         return None
-    rest = 1
-    for size in sizes[1:]:
-        rest *= size
-    return sizes[0], rest
+    return sizes[0], math.prod(sizes[1:])
 
 
 def eigenbasis(factor: Tensor) -> Tensor:
@@ -75,12 +73,13 @@ class SOAP(Optimizer):
 
         L <- b L + (1 - b) G G^T,   R <- b R + (1 - b) G^T G        Shampoo's factors
         L = Q_L diag Q_L^T,         R = Q_R diag Q_R^T              refreshed every few steps
-        M <- b1 M + (1 - b1) G                                      first moment, not rotated
-        V <- b2 V + (1 - b2) (Q_L^T G Q_R)^2                        second moment, in the eigenbasis
-        W <- W - lr Q_L [ (Q_L^T M Q_R) / (sqrt(V) + eps) ] Q_R^T   with Adam's bias correction
+        M <- b1 M + (1 - b1) Q_L^T G Q_R                            first moment, second moment,
+        V <- b2 V + (1 - b2) (Q_L^T G Q_R)^2                        both in the eigenbasis
+        W <- W - lr Q_L [ M / (sqrt(V) + eps) ] Q_R^T               with Adam's bias correction
 
-    The first moment stays in the original basis and is projected at every step, so a refresh
-    needs no rotation of it. Vectors get plain Adam. Weight decay is decoupled (W <- W - lr wd W).
+    A refresh takes M out of the old basis and into the new. (The published code keeps M out of it
+    and projects it at every step: the same update, by eight products instead of six.) Vectors get
+    plain Adam. Weight decay is decoupled (W <- W - lr wd W).
 
     **The first step** of a parameter only builds L, R and their eigenbases from its gradient
     (exact eigendecomposition) and leaves the parameter alone, as the published code does.
@@ -174,11 +173,8 @@ class SOAP(Optimizer):
         shape = as_matrix_shape(params[0].shape) or (params[0].numel(),)
         # (batch, rows, columns) for matrices, (batch, size) for vectors
         G = stacked([p.grad.to(dtype) for p in params]).reshape(-1, *shape)
-        sides = (
-            [s for s, size in zip("LR", shape) if size <= group["max_precondition_dim"]]
-            if len(shape) == 2
-            else []
-        )
+        longest = group["max_precondition_dim"] if len(shape) == 2 else 0  # of a vector neither
+        sides = [side for side, size in zip("LR", shape) if size <= longest]
         names = ["exp_avg", "exp_avg_sq", *(f"factor_{s}" for s in sides)]
         bases = [f"basis_{s}" for s in sides]
         if step == 0:
@@ -198,9 +194,10 @@ class SOAP(Optimizer):
 
         if step > 0:
             beta1, beta2 = group["betas"]
-            S["exp_avg"].lerp_(G, 1 - beta1)
-            S["exp_avg_sq"].lerp_(project(G).square(), 1 - beta2)
-            update = project(S["exp_avg"]) / S["exp_avg_sq"].sqrt().add_(group["eps"])
+            projected = project(G)
+            S["exp_avg"].lerp_(projected, 1 - beta1)
+            S["exp_avg_sq"].lerp_(projected.square(), 1 - beta2)
+            update = S["exp_avg"] / S["exp_avg_sq"].sqrt().add_(group["eps"])
             update = project(update, back=True)
             lr = group["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
             updates = [u.view_as(p).to(p.dtype) for u, p in zip(update, params)]
@@ -208,20 +205,25 @@ class SOAP(Optimizer):
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
 
         beta = group["betas"][1] if group["shampoo_beta"] is None else group["shampoo_beta"]
+        refreshed = step % group["precondition_frequency"] == 0
+        if refreshed and step > 0:
+            S["exp_avg"] = project(S["exp_avg"], back=True)
         for side in sides:
             gram = G @ G.mT if side == "L" else G.mT @ G
             factor = S[f"factor_{side}"].lerp_(gram, 1 - beta)
             if step == 0:
                 S[f"basis_{side}"] = eigenbasis(factor)
-            elif step % group["precondition_frequency"] == 0:
+            elif refreshed:
                 S[f"basis_{side}"], order = refreshed_basis(factor, S[f"basis_{side}"])
                 axis = -2 if side == "L" else -1
                 order = order.unsqueeze(-1 if side == "L" else -2).expand_as(G)
                 S["exp_avg_sq"] = S["exp_avg_sq"].gather(axis, order)
 
+        if refreshed and step > 0:
+            S["exp_avg"] = project(S["exp_avg"])
+
         for state in states:
             state["step"] = step + 1
-        refreshed = step % group["precondition_frequency"] == 0
         for name in names + bases if refreshed else names:
             values = S[name].unbind()
             if step == 0:
