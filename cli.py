@@ -33,6 +33,17 @@ def fail(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
+class Parser(argparse.ArgumentParser):
+    """Its help is as written, its flags are not abbreviated, and a mistake ends in one line."""
+
+    def __init__(self, description: str | None = None, **kind):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=raw, allow_abbrev=False, **kind)
+
+    def error(self, message: str) -> NoReturn:
+        fail(message)
+
+
 class BadInput(Exception):
     """What the user gave cannot be used; the message is the one line to show."""
 
@@ -42,16 +53,18 @@ def one_line_errors(memory_advice: str) -> Iterator[None]:
     """Turns what can still go wrong in mid-run, and is the user's to mend, into one line."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         fail(f"out of memory ({str(error).split('.')[0]}); {memory_advice}")
     except torch.linalg.LinAlgError as error:
         fail(f"{error}; usually a gradient is not finite: use a smaller --lr", code=1)
     except RuntimeError as error:
         text = str(error)
-        if "DataLoader worker (pid" in text or "DataLoader timed out" in text:
+        lines = text.strip().splitlines() or [""]
+        if any(x in text for x in ("DataLoader worker (pid", "DataLoader timed out", "(shm)")):
+            said = lines[-1 if text.startswith("Caught") else 0].strip()
             fail(
-                f"loading images: {text.splitlines()[0]}; usually memory, or a small /dev/shm: use "
-                "fewer --workers, or 0",
+                f"loading images: {said}; usually memory, or a small /dev/shm: use fewer "
+                "--workers, or 0",
                 code=1,
             )
         if isinstance(error, DistBackendError) or "gloo/transport" in text:
@@ -62,6 +75,13 @@ def one_line_errors(memory_advice: str) -> Iterator[None]:
         fail(f"out of memory; {memory_advice}")
     except BadInput as error:  # a loader's process puts its traceback before the message
         fail(str(error).strip().splitlines()[-1].split("BadInput: ")[-1])
+    except BrokenPipeError:  # into head, say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # of Python's last flush
+        raise SystemExit(1) from None
+    except OSError as error:  # no permission, a name too long, a disk that is full or gone
+        if error.filename is None:
+            raise
+        fail(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:  # outside the training loop, which sees to it itself
         fail("interrupted", code=130)
 
@@ -106,6 +126,24 @@ def count_or_0(text: str) -> int:
 # The trainers' flags
 # --------------------------------------------------------------------------------------------------
 
+COMMON = dict(  # defaults of both trainers
+    depth=None,  # the model's
+    init="default",
+    norm="layernorm",
+    attention="softmax",
+    activation="gelu",
+    skipless=False,
+    grad_accum=1,
+    checkpoint_activations=False,
+    seed=0,
+    data=None,
+    out=None,
+    amp="auto",
+    compile=False,
+    device="auto",
+    resume=None,
+)
+
 
 def shown(value) -> str:
     """A default in a help text; one that depends on another setting with that setting's values."""
@@ -117,22 +155,17 @@ def shown(value) -> str:
 def trainer_flags(description: str, demo: dict, folder: dict, skipless: dict):
     """(parser, add): a parser with the flags that both trainers have, and `add(flag, help, type)`
     for a script's own. Help texts end with the effective defaults. A flag not given is absent."""
-    p = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    p.error = fail  # one line, like every other mistake
+    p = Parser(description, argument_default=argparse.SUPPRESS)
 
     def add(flag: str, help: str, type: Callable | None = None, **kind) -> None:
         name = flag[2:].replace("-", "_")
         layers = (("", demo), ("--data ", folder), ("--skipless ", skipless))
         defaults = [f"{when}{shown(layer[name])}" for when, layer in layers if name in layer]
-        if defaults and demo[name] not in (None, False):
+        if defaults and demo[name] is not None and demo[name] is not False:
             help += f" [{', '.join(defaults)}]"
         p.add_argument(flag, help=help, **(dict(type=type) if type else {}), **kind)
 
+    add("--data", "folder with train/<class>/* and val/<class>/* [synthetic images]", path)
     add("--out", "folder of this run's files [under runs/, named after the settings]", path)
     add("--model", "width and depth; nano is for CPUs", choices=list(PRESETS))
     add("--skipless", "train without skip connections", action="store_true")
@@ -220,6 +253,7 @@ def trainer_flags(description: str, demo: dict, folder: dict, skipless: dict):
     add(
         "--resume",
         "continue the run of this checkpoint, on the CPU to the last bit; its settings are kept",
+        path,
         metavar="CKPT",
     )
     return p, add

@@ -6,9 +6,11 @@ and the epoch, step and place in the batch. So a resumed run needs no stored gen
 equal an uninterrupted one, and neither does it matter how many loader workers there are.
 """
 
+import atexit
 import functools
 import hashlib
 import math
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -41,15 +43,16 @@ def mixed_seeds(count: int, *numbers: int) -> list[int]:
 # --------------------------------------------------------------------------------------------------
 
 
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # Pillow's
-
-
 @contextmanager
-def decoding(path: str) -> Iterator[None]:
+def decoding(path: str | Path) -> Iterator[None]:
     """Raises BadInput, naming the file, where Pillow cannot read it."""
+    if Path(path).is_fifo():  # to open it would wait for ever
+        raise BadInput(f"cannot read image {path} (a pipe); remove it")
     try:
         yield
-    except DECODING_ERRORS as error:
+    except (BadInput, MemoryError):
+        raise
+    except Exception as error:  # whatever a broken file makes Pillow stumble over
         raise BadInput(f"cannot read image {path} ({error}); repair or remove it") from error
 
 
@@ -63,28 +66,26 @@ def open_rgb(path: str) -> Image.Image:
     with decoding(path), Image.open(path) as image:
         if image.mode in ("I", "F"):
             raise BadInput(f"image {path} has 32 bits a pixel; save it with 8 or 16")
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        ImageOps.exif_transpose(image, in_place=True)
         return image.convert("RGB")
 
 
-def check_images(paths: list[str], decode_up_to: int = 20_000) -> None:
+LOOKED_THROUGH = 20_000  # images; with more every start would take long if each were looked at
+
+
+def check_images(paths: list[str]) -> None:
     """End the program at the first unreadable image, before training has begun.
 
-    Up to `decode_up_to` files are decoded in full; of a larger set, where that would take long,
-    only the headers are read (a damaged body then stops the run when it is met).
+    Of more than `LOOKED_THROUGH` a sample; another that is damaged stops the run when it is met.
     """
+    if len(paths) > LOOKED_THROUGH:
+        paths = paths[:: len(paths) // 2000]
 
     def problem(path: str) -> str | None:
-        if Path(path).is_fifo():  # opening it would wait for ever
-            return f"image {path} is not a file; remove it"
         try:
-            if len(paths) <= decode_up_to:
-                open_rgb(path)
-            else:
-                with decoding(path):
-                    Image.open(path).close()
+            open_rgb(path)
         except BadInput as error:
             return str(error)
 
@@ -104,11 +105,10 @@ def image_folder(root: str, split: str) -> ImageFolder:
         fail(f"--data {root}: no such folder")
     if not folder.is_dir():
         fail(f"--data {root}: no folder {folder}; {layout}")
-    for parent, names, _ in os.walk(folder):
-        for name in names:
-            link = Path(parent, name)
-            if link.is_symlink() and Path(parent).resolve().is_relative_to(link.resolve()):
-                fail(f"--data {root}: the link {link} leads back up to its own folder; remove it")
+    seen = {}
+    for place, _, _ in os.walk(folder, followlinks=True):
+        if (first := seen.setdefault(os.path.realpath(place), place)) != place:
+            fail(f"--data {root}: {place} is the same folder as {first}; remove one of the links")
     try:
         return ImageFolder(str(folder), loader=open_rgb)
     except FileNotFoundError as error:  # no class folder, or one without images
@@ -137,11 +137,13 @@ def image_folders(root: str, check: bool, need_val: bool = True):
 
 
 def listing(dataset: Dataset) -> str:
-    """A hash of the names of a folder's images and their classes; "" of synthetic ones."""
+    """A hash of the names of a folder's images, their classes and, where there are at most
+    `LOOKED_THROUGH`, their sizes in bytes; "" of synthetic ones."""
     if not isinstance(dataset, ImageFolder):
         return ""
     start = len(dataset.root)  # cut off as text: there may be a million
-    names = [f"{path[start:]}\t{label}\n" for path, label in dataset.samples]
+    size = os.path.getsize if len(dataset) <= LOOKED_THROUGH else lambda path: ""
+    names = [f"{path[start:]}\t{label}\t{size(path)}\n" for path, label in dataset.samples]
     return hashlib.sha256("".join(names).encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -264,6 +266,14 @@ def start_worker(_: int) -> None:
     # A batch system sends SIGTERM to all of them too. They end when the main process does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers() -> None:
+    """Those that an error has left: multiprocessing asks them by SIGTERM and waits for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for a failure
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 LOADER_PATIENCE = 900  # seconds for a batch; a worker that died with a lock is waited for in vain

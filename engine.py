@@ -37,7 +37,7 @@ def start_processes(device_name: str) -> tuple[torch.device, int, int]:
     device = torch.device("cpu" if device_name == "auto" else device_name)
     if device_name == "auto" and torch.cuda.is_available():
         device = torch.device("cuda")
-    launched = "RANK" in os.environ
+    launched = {"RANK", "MASTER_ADDR"} <= os.environ.keys()
     if device.type == "cuda":
         found = torch.cuda.device_count()
         number = int(os.environ.get("LOCAL_RANK", 0)) if launched else device.index or 0
@@ -101,20 +101,16 @@ def mean_over_processes(x: Tensor) -> Tensor:
     return x / dist.get_world_size()
 
 
-@torch.no_grad()
-def share_weights(model: nn.Module) -> nn.Module:
-    """The first process's weights in all: machines of two kinds may round one draw differently."""
-    if dist.is_initialized():
-        for x in [*model.parameters(), *model.buffers()]:
-            dist.broadcast(x, 0)
-    return model
-
-
 def in_processes(network: nn.Module, device: torch.device) -> nn.Module:
-    """The network with gradients averaged over the processes, where there are several."""
+    """The network with gradients averaged over the processes, where there are several.
+
+    It takes the first process's weights to all: machines of two kinds may round one draw
+    differently. So copies of the weights are made after it.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return network
-    return DistributedDataParallel(network, [device.index] if device.type == "cuda" else None)
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(network, ids, gradient_as_bucket_view=True)  # no second copy
 
 
 def computed_twice(forward: Callable, grid: dict, x: Tensor) -> Tensor:
@@ -184,8 +180,8 @@ def say_memory(
     """Print what a training step will hold: an estimate, from forward passes of one image and two.
 
     shapes: of one image in each of the network's inputs. images: that go through it at once. Left
-    out: the loss, kernels' workspaces, averaged weights or a teacher, DDP's copy of the gradients,
-    and that several processes share SOAP's state by the number of parameters, not quite evenly.
+    out: the loss, kernels' workspaces, averaged weights or a teacher, and that several processes
+    share SOAP's state by the number of parameters, not quite evenly.
     """
 
     def forward(count: int):
@@ -265,10 +261,7 @@ def whole_state(x: Tensor | nn.Module | Optimizer) -> Tensor | dict:
             received = [None]
             dist.recv_object_list(received, rank)
             parts |= received[0]
-    numbers = {p: i for i, p in enumerate(params)}
-    groups = [
-        group | dict(params=[numbers[p] for p in group["params"]]) for group in x.param_groups
-    ]
+    groups = Optimizer.state_dict(x)["param_groups"]
     return dict(state=dict(sorted(parts.items())), param_groups=groups)
 
 

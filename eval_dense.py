@@ -316,6 +316,8 @@ def input_sizes(args: argparse.Namespace, models: dict[str, ViT], first: scenes.
         height, width = args.image_size or (math.ceil(x / patch) * patch for x in first)
         if height % patch or width % patch:
             fail(f"--image-size {height} {width}: give multiples of {name}'s patch, {patch}")
+        if height * width == patch**2:
+            fail(f"--image-size {height} {width} is one patch of {name}; give more")
         sizes[name], side = (height, width), model.config["image_size"]
         if (height, width) != (side, side) and not name.endswith(", untrained"):
             print(f"{name}: position embedding interpolated from {side} px to {height} x {width}")
@@ -343,15 +345,15 @@ def features_of(model: ViT, inputs: Iterable[Tensor], blocks: list[int]) -> list
 
 def finish(args: argparse.Namespace, results: dict[str, dict], columns: dict, **facts) -> None:
     """A table of some columns (key -> title) of the results; all of it into OUT/COMMAND.json."""
+    path = args.out / f"{args.command}.json"
+    record = dict(arguments=vars(args), torch=torch.__version__, **facts, results=results)
+    text = json.dumps(record, indent=1, default=str)
+    files.write_atomically(path, lambda temporary: temporary.write_text(text))
     width = max(map(len, results))
     print(" " * width, *columns.values(), sep="  ")
     for name, result in results.items():
         cells = (f"{result[key]:{len(title)}.1f}" for key, title in columns.items())
         print(name.ljust(width), *cells, sep="  ")
-    path = args.out / f"{args.command}.json"
-    record = dict(arguments=vars(args), torch=torch.__version__, **facts, results=results)
-    text = json.dumps(record, indent=1, default=str)
-    files.write_atomically(path, lambda temporary: temporary.write_text(text))
     print(path)
 
 
@@ -445,15 +447,11 @@ def cosine(text: str) -> float:
 
 
 def parse_arguments() -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    p.error = fail  # one line, like every other mistake
+    p = cli.Parser(__doc__)
     p.set_defaults(data=None, images=None)  # where a command has no such flag
     commands = p.add_subparsers(dest="command", required=True)
     for name in ("segment", "discover", "picture"):
-        parser = commands.add_parser(name, allow_abbrev=False)
-        parser.error = fail
-        add = parser.add_argument
+        add = commands.add_parser(name).add_argument
         add("checkpoints", nargs="*", metavar="CHECKPOINT", help="networks, as RUN/last.pt")
         add("--random-init", action="append", default=[], type=arm, help="a fresh nano network")
         if name == "segment":

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch.distributed as dist
 
 from cli import fail
 
-FORMAT = "minskip-3"
+FORMAT = "minskip-4"
 PARTS = dict(  # of a checkpoint, beside the optimizer's state and the like
     args=dict, model_config=dict, model=dict, classes=list, listing=str, images=int, processes=int,
     epoch=int, step=int, seconds=float, history=list, sums=dict,
@@ -31,8 +32,11 @@ def write_atomically(path: Path, write: Callable[[Path], None], needed: bool = T
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        problem = f"cannot write {path} ({error.strerror}); what it held before is kept"
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise  # but for torch.save's way to say that it cannot write
+        why = getattr(error, "strerror", "usually a full disk")
+        problem = f"cannot write {path} ({why}); what it held before is kept"
         if needed:
             fail(problem)
         print(f"note    {problem}", file=sys.stderr)
@@ -41,18 +45,17 @@ def write_atomically(path: Path, write: Callable[[Path], None], needed: bool = T
 
 
 def make_folder(out: Path) -> None:
+    """Make a folder, or end the program where nothing can be written into it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
-        fail(f"{out}: cannot make this folder ({error.strerror})")
+        fail(f"{out}: cannot write into this folder ({error.strerror})")
 
 
 def lock(folder: Path) -> None:
     """Keep this folder to this process until it ends; end the program if another has it."""
-    try:
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
-    except OSError as error:
-        fail(f"{folder}: cannot write here ({error.strerror})")
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -62,12 +65,16 @@ def lock(folder: Path) -> None:
         return
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"{os.getpid()} on {socket.gethostname()}".encode())
+    for left in folder.glob("*.tmp"):  # by a process that was killed as it wrote
+        left.unlink()
 
 
 def run_folder(out: str | None, stem: str, seed: int, resume: str | None = None) -> Path:
     """--out, which must not hold another run; the resumed run's; or a free name under runs/."""
     here = Path(resume).resolve().parent if resume else None
     if here and (out is None or Path(out).resolve() == here):
+        if (here / "last.pt").exists() and not os.path.samefile(resume, here / "last.pt"):
+            fail(f"--resume {resume} would overwrite the last.pt beside it; add --out NEW")
         return here
     if out is not None:
         if (Path(out) / "last.pt").exists():
@@ -117,7 +124,7 @@ def load_checkpoint(path: str, script: str | None = None) -> dict:
         fail(f"checkpoint {path} was not written by this version of minskip; use one of its own")
     if script is not None and content.get("script") != script:
         fail(f"checkpoint {path} was written by {content.get('script')}, not by {script}")
-    for name, kind in PARTS.items():
+    for name, kind in (PARTS | dict(ema=dict) if content.get("ema") else PARTS).items():
         if not isinstance(content.get(name), kind):
             fail(f"checkpoint {path} is damaged: it has no {name}; use another")
     return content | dict(path=path)

@@ -329,13 +329,7 @@ OTHERS = dict(data=None, images=4, checkpoint=None, before=False, device="auto",
 
 
 def parse_arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    p.error = cli.fail  # one line, like every other mistake
+    p = cli.Parser(__doc__, argument_default=argparse.SUPPRESS)
 
     def add(flag: str, help: str, **kind) -> None:
         default = (FRESH | OTHERS).get(flag[2:].replace("-", "_"))
@@ -355,7 +349,8 @@ def parse_arguments() -> argparse.Namespace:
     std = "std of the position embedding; larger keeps tokens apart longer "
     add("--pos-embed-std", std + "[what the init counts on]", type=cli.not_negative)
     add("--pool", "class token, or mean over patch tokens", choices=["cls", "mean"])
-    add("--data", "folder with val/<class>/*: real images; left out: synthetic ones")
+    data = "folder with val/<class>/*: real images; left out: synthetic ones"
+    add("--data", data, type=cli.path)
     add("--images", "how many; numbers are means over them, of K and J the first's", type=cli.count)
     add("--checkpoint", "trained networks instead of --variants", nargs="+", metavar="CKPT")
     add("--before", "each checkpoint also as it was before training", action="store_true")
@@ -459,13 +454,6 @@ def main() -> None:
         results[name] = dict(group=group, shade=shade)
         results[name] |= probe(models, images, labels, theory, name)
 
-    print_table("norms of the loss's gradient, APJN and kappa of J", GRADIENTS, results)
-    print_table("tokens, attention and condition numbers", STATE, results)
-    print()
-    for name, result in results.items():
-        print(textwrap.fill(conclusion(name, result), 100, subsequent_indent="    "))
-    if args.pool == "cls" and not args.checkpoint:
-        print("APJN without its theory, which knows no class token (--pool mean)")
     what = "trained networks" if args.checkpoint else f"{args.model} at initialisation"
     tokens = " or ".join(str(n) for n in sorted({r["tokens"] for r in results.values()}))
     title = f"{what}: {tokens} tokens, {len(images)} images of {args.data or 'Shapes'}"
@@ -475,6 +463,14 @@ def main() -> None:
     record = dict(torch=torch.__version__, arguments={k: str(v) for k, v in vars(args).items()})
     text = json.dumps(record | dict(networks=results))
     files.write_atomically(out / "probe.json", lambda path: path.write_text(text))
+
+    print_table("norms of the loss's gradient, APJN and kappa of J", GRADIENTS, results)
+    print_table("tokens, attention and condition numbers", STATE, results)
+    print()
+    for name, result in results.items():
+        print(textwrap.fill(conclusion(name, result), 100, subsequent_indent="    "))
+    if args.pool == "cls" and not args.checkpoint:
+        print("APJN without its theory, which knows no class token (--pool mean)")
     print(f"\n{out}/probe.png, {out}/probe.json  ({time.time() - started:.0f} s)")
 
 

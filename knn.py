@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import normalise
-from engine import autocast, on_device, progress
+from engine import autocast, mean_over_processes, on_device, progress
 from minskip import ViT
 
 
@@ -60,7 +60,5 @@ def knn_accuracy(model: ViT, train_loader, val_loader, device: torch.device, amp
     bank, bank_labels = (gathered(x) for x in features_of(model, train_loader, device, amp))
     queries, labels = features_of(model, val_loader, device, amp)
     hits = (knn_classify(bank, bank_labels, queries) == labels).sum()
-    counts = torch.stack([hits, torch.full_like(hits, len(labels))])
-    if dist.is_initialized():
-        dist.all_reduce(counts)
+    counts = mean_over_processes(torch.stack([hits, torch.full_like(hits, len(labels))]).double())
     return (100 * counts[0] / counts[1]).item()

@@ -7,6 +7,8 @@ each the parts it has of `variants.py`, as in `skipless-paper+none+e-spa+tat`.
 import argparse
 
 import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import identity_init
 from cli import fail
@@ -58,7 +60,7 @@ def vit_of(checkpoint: dict) -> ViT:
 
     config, weights, path = checkpoint["model_config"], checkpoint["model"], checkpoint["path"]
     damaged = f"checkpoint {path} is damaged: its weights are not those of its model_config"
-    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    blocks = {str(name).split(".")[1] for name in weights if str(name).startswith("blocks.")}
     if config.get("depth") != len(blocks):
         fail(damaged)
     try:
@@ -72,6 +74,15 @@ def vit_of(checkpoint: dict) -> ViT:
     return build(config)
 
 
+def fresh_vit(init: str, varied: dict, alpha: float, beta: float, c: float, **shape) -> ViT:
+    """A network with its start; what does not fit together ends the program. shape: `ViT`'s."""
+    needs = identity_init.NEEDS if init == "identity" else {}
+    try:
+        return initialise_(vary_(ViT(**needs | shape), **varied), init, alpha, beta, c)
+    except ValueError as error:
+        fail(str(error))
+
+
 def build_vit(args: argparse.Namespace, num_classes: int, checkpoint: dict | None) -> ViT:
     """The network that a trainer's settings describe; sizes that do not fit end the program.
 
@@ -79,22 +90,10 @@ def build_vit(args: argparse.Namespace, num_classes: int, checkpoint: dict | Non
     """
     if checkpoint:
         return vit_of(checkpoint)
-    try:
-        model = ViT(
-            args.image_size,
-            args.patch_size,
-            num_classes,
-            **PRESETS[args.model] | dict(depth=args.depth),
-            residual=not args.skipless,
-            pool=args.pool,
-            pos_embed_std=args.pos_embed_std,
-            drop_path=args.drop_path,
-            **(identity_init.NEEDS if args.init == "identity" else {}),
-        )
-        vary_(model, **differing(vars(args)))
-        return initialise_(model, args.init, args.alpha, args.beta, args.c)
-    except ValueError as error:
-        fail(str(error))
+    shape = PRESETS[args.model] | dict(num_classes=num_classes, residual=not args.skipless)
+    for name in ("image_size", "patch_size", "depth", "pool", "pos_embed_std", "drop_path"):
+        shape[name] = getattr(args, name)
+    return fresh_vit(args.init, differing(vars(args)), args.alpha, args.beta, args.c, **shape)
 
 
 def fresh_arm(
@@ -108,18 +107,19 @@ def fresh_arm(
         shape = dict(pool="mean") | shape
     init = arm.removeprefix("skipless-") if arm != "residual" else "default"
     if init == "identity":
-        shape = identity_init.COUNTS_ON | identity_init.NEEDS | shape
-    try:
-        model = vary_(ViT(**shape, residual=arm == "residual"), **varied)
-        return initialise_(model, init, alpha, beta, c)
-    except ValueError as error:
-        fail(str(error))
+        shape = identity_init.COUNTS_ON | shape
+    return fresh_vit(init, varied, alpha, beta, c, **shape, residual=arm == "residual")
 
 
-def load_(target, state, checkpoint: dict) -> None:
-    """target.load_state_dict(state), or the end of the program in one line."""
+def load_(target: Tensor | nn.Module | Optimizer, state, checkpoint: dict) -> None:
+    """Give target the state that a checkpoint has of it, or end the program in one line."""
     try:
-        target.load_state_dict(state)
+        if isinstance(target, Tensor):
+            target.copy_(state.view_as(target))
+        else:
+            target.load_state_dict(state)
+        for p, kept in target.state.items() if isinstance(target, Optimizer) else ():
+            kept.get("exp_avg", p).view_as(p)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a state that nobody saved makes it stumble over
@@ -144,8 +144,11 @@ def trained_vit(checkpoint: dict) -> ViT:
 
 def untrained_vit(checkpoint: dict) -> ViT:
     """The network of a checkpoint as it was before training: its seed's very weights."""
-    args = argparse.Namespace(**checkpoint["args"])
+    had = checkpoint["args"]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(args.seed)
-        model = vit_of(checkpoint)
-        return initialise_(model, args.init, args.alpha, args.beta, args.c)
+        try:
+            torch.manual_seed(had["seed"])
+            model = vit_of(checkpoint)
+            return initialise_(model, *(had[name] for name in ("init", "alpha", "beta", "c")))
+        except (KeyError, TypeError, ValueError) as error:
+            fail(f"checkpoint {checkpoint['path']} is damaged: its settings lack {error}")

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import files
 import networks
 import pictures
 from cli import fail
-from data import STEP, Batches, mixed_seeds
+from data import STEP, Batches, listing, mixed_seeds
 from engine import (
     main_process,
     mean_over_processes,
@@ -40,8 +40,8 @@ class Run:
             run.end_epoch(**evaluate(...))           # log, picture, checkpoint
 
     kind: cls or ssl. kept: what a checkpoint holds by name, anything with a state_dict, or tensors.
-    facts: what it says besides. panels: log key -> title, of the picture. `step` counts the steps
-    made in this epoch, `global_step` in all, of `total_steps`.
+    Its `model` is the `ViT` that it is for. panels: log key -> title, of the picture. `step` counts
+    the steps made in this epoch, `global_step` in all, of `total_steps`.
     """
 
     def __init__(
@@ -49,16 +49,20 @@ class Run:
         args: argparse.Namespace,
         kind: str,
         device: torch.device,
+        train_set: Dataset,
         batches: Batches,
         kept: dict,
-        facts: dict,
         panels: dict[str, str],
         checkpoint: dict | None,
     ):
         self.args, self.device, self.batches, self.panels = args, device, batches, panels
         self.kept = {name: x for name, x in kept.items() if x is not None}
         stored = {k: v for k, v in vars(args).items() if k not in ("resume", "eval")}
-        self.facts = facts | dict(args=stored, images=batches.length, processes=batches.world)
+        self.facts = dict(
+            script=f"train_{kind}", args=stored, model_config=kept["model"].config,
+            classes=train_set.classes, listing=listing(train_set), images=batches.length,
+            processes=batches.world,
+        )  # fmt: skip
         self.arm = networks.arm_of(args)
         self.epoch = self.step = 0
         self.seconds, self.history, self.sums = 0.0, [], {}
@@ -81,6 +85,8 @@ class Run:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self.receive)
         self.started = time.time()
+        if args.resume and args.out:  # a folder of its own has its checkpoint from the start
+            self.save()
 
     @property
     def global_step(self) -> int:
@@ -205,12 +211,11 @@ class Run:
             say(f"note    {had} processes before, {has} now: the same batches, but other random")
             say("        numbers for MixUp, CutMix and drop-path than in an uninterrupted run")
         for name, x in self.kept.items():
-            if isinstance(x, Tensor):
-                x.copy_(checkpoint[name])
-            else:
-                networks.load_(x, checkpoint.get(name), checkpoint)
+            networks.load_(x, checkpoint.get(name), checkpoint)
         self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
         self.seconds, self.history = checkpoint["seconds"], checkpoint["history"]
+        if (self.history[-1].get("epoch") if self.history else 0) != self.epoch:
+            fail(f"checkpoint {self.args.resume} is damaged: its history is not of its epochs")
         self.sums = {k: torch.tensor(v, device=self.device) for k, v in checkpoint["sums"].items()}
 
     # ---- what a person reads ---------------------------------------------------------------------

@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from cli import fail
-from data import DECODING_ERRORS, check_images, open_rgb
+from data import check_images, decoding, open_rgb
 from engine import progress
 from shapes import draw_shapes
 
@@ -51,11 +51,8 @@ def read_mask(path: Path, size: Size) -> Tensor:
     """Class ids, (height, width), of a single-channel image; a palette's indices are its ids."""
     if not path.is_file():
         fail(f"mask {path} is missing; add it or remove its image")
-    try:
-        with Image.open(path) as image:
-            mode, ids = image.mode, np.array(image)
-    except DECODING_ERRORS as error:
-        fail(f"cannot read mask {path} ({error}); repair or remove it")
+    with decoding(path), Image.open(path) as image:
+        mode, ids = image.mode, np.array(image)
     if ids.ndim != 2 or mode == "F" or ids.min() < 0:
         fail(f"mask {path} is {mode}, not one channel of integers >= 0; save class ids as such")
     if ids.shape != size:
@@ -68,8 +65,9 @@ def image_files(paths: list[Path]) -> Scenes:
     names, sizes = [str(path) for path in paths], []
     check_images(names)
     for path in paths:
-        with Image.open(path) as image:
-            sizes.append((image.height, image.width))
+        with decoding(path), Image.open(path) as image:
+            lying = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # `open_rgb` turns it
+            sizes.append(image.size if lying else image.size[::-1])
     return Scenes(names, lambda i: pil_to_tensor(open_rgb(names[i])), sizes, None)
 
 

@@ -18,7 +18,6 @@ import argparse
 import math
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -29,15 +28,7 @@ import engine
 import files
 import identity_init
 import networks
-from data import (
-    Batches,
-    augmentations,
-    image_folder,
-    image_folders,
-    listing,
-    make_loader,
-    normalise,
-)
+from data import Batches, augmentations, image_folder, image_folders, make_loader, normalise
 from run import Run
 from shapes import Shapes
 
@@ -45,27 +36,20 @@ from shapes import Shapes
 # Settings
 # --------------------------------------------------------------------------------------------------
 
-DEMO = dict(  # ten synthetic classes, two CPU cores
+DEMO = cli.COMMON | dict(  # ten synthetic classes, two CPU cores
     model="nano",
-    depth=None,  # the model's
     image_size=32,
     patch_size=8,
     pool="cls",
     pos_embed_std=0.5,  # larger than customary: learns faster, with skips and without
-    init="default",
     alpha=2.0,  # of --init paper: the paper's constants for ViT-B with labels
     beta=0.6,
     c=3.0,
-    norm="layernorm",
-    attention="softmax",
-    activation="gelu",
     opt="soap",
     lr=dict(soap=5e-3, adamw=2e-3),
     epochs=3,
     warmup_epochs=0.5,
     batch_size=64,
-    grad_accum=1,
-    checkpoint_activations=False,
     weight_decay=0.01,
     clip_grad=1.0,
     label_smoothing=0.0,
@@ -73,15 +57,7 @@ DEMO = dict(  # ten synthetic classes, two CPU cores
     cutmix=0.0,
     drop_path=0.0,
     ema=0.0,
-    seed=0,
-    skipless=False,
-    data=None,
-    out=None,
     workers=0,  # drawing an image takes less than sending it to another process
-    amp="auto",
-    compile=False,
-    device="auto",
-    resume=None,
     eval=None,
 )
 FOLDER = dict(  # --data, with ImageNet in mind
@@ -116,7 +92,6 @@ SHAPES_TRAIN, SHAPES_VAL = 20_000, 2_000
 def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
     """(the settings of this run, the checkpoint that --resume or --eval names)."""
     p, add = cli.trainer_flags(__doc__, DEMO, FOLDER, SKIPLESS)
-    add("--data", "folder with train/<class>/* and val/<class>/*; left out: synthetic images")
     add("--weight-decay", "not on biases, norms and embeddings; 0 .. 0.1", cli.not_negative)
     add("--mixup", "alpha of MixUp's beta distribution; 0 is off", cli.not_negative)
     add("--cutmix", "alpha of CutMix's; with both on each batch takes one", cli.not_negative)
@@ -127,7 +102,7 @@ def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
         "decay of averaged weights, which are then what val measures; 0 is off, 0.9999 usual",
         cli.share,
     )
-    add("--eval", "measure this checkpoint on val and stop", metavar="CKPT")
+    add("--eval", "measure this checkpoint on val and stop", cli.path, metavar="CKPT")
     explicit = vars(p.parse_args())
     if "resume" in explicit and "eval" in explicit:
         cli.fail("--resume and --eval exclude each other; choose one")
@@ -157,9 +132,7 @@ def evaluate(model: nn.Module, loader, device: torch.device, amp: str) -> dict:
         loss = F.cross_entropy(logits, labels, reduction="sum")
         totals[0] += len(labels)
         totals[1:] += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
-    if dist.is_initialized():
-        dist.all_reduce(totals)
-    count, loss, top1, top5 = totals.tolist()
+    count, loss, top1, top5 = engine.mean_over_processes(totals).tolist()
     return dict(val_loss=loss / count, top1=100 * top1 / count, top5=100 * top5 / count)
 
 
@@ -211,27 +184,21 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     model = networks.build_vit(args, len(classes), checkpoint).to(device)
-    engine.share_weights(model)  # before they are copied
+    network = engine.in_processes(torch.compile(model) if args.compile else model, device)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
     optimizer = engine.build_optimizer(model, args.opt, args.lr, args.weight_decay)
     if args.init == "identity":
         identity_init.hold_pairs(optimizer, model)
     if args.checkpoint_activations:
         engine.checkpoint_activations_(model)
-    network = engine.in_processes(torch.compile(model) if args.compile else model, device)
 
     run = Run(
         args,
         "cls",
         device,
+        train_set,
         batches,
         kept=dict(model=model, ema=ema, optimizer=optimizer),
-        facts=dict(
-            script="train_cls",
-            classes=classes,
-            listing=listing(train_set),
-            model_config=model.config,
-        ),
         panels=dict(loss="training loss", top1="val top-1, %"),
         checkpoint=checkpoint,
     )

@@ -34,7 +34,7 @@ import engine
 import files
 import identity_init
 import networks
-from data import Batches, augmentations, image_folders, listing, make_loader, normalise
+from data import Batches, augmentations, image_folders, make_loader, normalise
 from knn import knn_accuracy
 from minskip import ViT
 from run import Run
@@ -44,27 +44,20 @@ from shapes import Shapes
 # Settings
 # --------------------------------------------------------------------------------------------------
 
-DEMO = dict(  # ten synthetic classes, two CPU cores
+DEMO = cli.COMMON | dict(  # ten synthetic classes, two CPU cores
     model="nano",
-    depth=None,  # the model's
     image_size=32,
     patch_size=8,
     pool="cls",
     pos_embed_std=0.5,
-    init="default",
     alpha=1.8,  # of --init paper: the paper's constants for ViT-S with DINO
     beta=1.0,
     c=3.0,
-    norm="layernorm",
-    attention="softmax",
-    activation="gelu",
     opt="soap",  # DINO has AdamW
     lr=dict(soap=3e-3, adamw=2e-3),
     epochs=6,
     warmup_epochs=0.5,
     batch_size=64,
-    grad_accum=1,
-    checkpoint_activations=False,
     drop_path=0.0,
     local_crops=4,
     crop_split=0.5,
@@ -72,15 +65,7 @@ DEMO = dict(  # ten synthetic classes, two CPU cores
     teacher_temperature=0.04,
     momentum=0.98,  # averages 50 steps: a run has 468
     knn_every=3,
-    seed=0,
-    skipless=False,
-    data=None,
-    out=None,
     workers=cli.CORES - 1,
-    amp="auto",
-    compile=False,
-    device="auto",
-    resume=None,
 )
 FOLDER = dict(  # --data, with ImageNet in mind
     model="small",
@@ -125,7 +110,6 @@ SHAPES_TRAIN, SHAPES_VAL = 5_000, 2_000
 def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
     """(the settings of this run, the checkpoint that --resume names)."""
     p, add = cli.trainer_flags(__doc__, DEMO, FOLDER, SKIPLESS)
-    add("--data", "folder with train/<class>/* and, for k-NN, val/; left out: synthetic images")
     add("--local-crops", "crops of about 3/7 the size, beside two global ones", cli.count_or_0)
     add(
         "--crop-split",
@@ -264,12 +248,8 @@ class Network(nn.Module):
             self.backbone(rearrange(crops, "batch crop c h w -> (crop batch) c h w"))
             for crops in groups
         ])  # fmt: skip
-        logits = self.head(features)
-        features, logits = (
-            rearrange(x, "(crop batch) dim -> crop batch dim", batch=batch)
-            for x in (features, logits)
-        )
-        return features, logits
+        apart = "(crop batch) dim -> crop batch dim"
+        return tuple(rearrange(x, apart, batch=batch) for x in (features, self.head(features)))
 
 
 def teacher_targets(logits: Tensor, centre: Tensor, temperature: float) -> Tensor:
@@ -381,7 +361,8 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     backbone = networks.build_vit(args, 0, checkpoint)
-    student = engine.share_weights(Network(backbone, args.prototypes).to(device))
+    student = Network(backbone, args.prototypes).to(device)
+    network = engine.in_processes(torch.compile(student) if args.compile else student, device)
     teacher = copy.deepcopy(student).requires_grad_(False).eval()  # eval: no drop-path
     teacher_parameters, student_parameters = list(teacher.parameters()), list(student.parameters())
     centre = torch.zeros(args.prototypes, device=device)
@@ -390,15 +371,13 @@ def main() -> None:
         identity_init.hold_pairs(optimizer, backbone)
     if args.checkpoint_activations:
         engine.checkpoint_activations_(backbone)
-    network, target_network = student, teacher
-    if args.compile:
-        network, target_network = torch.compile(student), torch.compile(teacher)
-    network = engine.in_processes(network, device)
+    target_network = torch.compile(teacher) if args.compile else teacher
 
     run = Run(
         args,
         "ssl",
         device,
+        train_set,
         batches,
         kept=dict(
             model=teacher.backbone,  # what features are taken from
@@ -406,12 +385,6 @@ def main() -> None:
             student=student,
             centre=centre,
             optimizer=optimizer,
-        ),
-        facts=dict(
-            script="train_ssl",
-            classes=classes,
-            listing=listing(train_set),
-            model_config=student.backbone.config,
         ),
         panels=dict(loss="training loss") | (dict(knn="k-NN top-1, %") if to_measure else {}),
         checkpoint=checkpoint,

@@ -6,7 +6,6 @@ Forward and backward of the student's backbone on 2 crops of 224 px and 8 of 96 
 in turns; the ratio is given with its quartiles. The arithmetic is the same.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -22,8 +21,8 @@ from minskip import PRESETS, ViT
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.error, add = cli.fail, p.add_argument
+    p = cli.Parser(__doc__)
+    add = p.add_argument
     add("--model", choices=list(PRESETS), default="small", help="network [small]")
     add("--batch-size", type=cli.count, default=2, help="images [2]")
     add("--repeats", type=two_or_more, default=6, help="timed [6]")

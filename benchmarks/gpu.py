@@ -9,7 +9,6 @@
 Each command is printed before what it says. One that fails is told, and the next is run.
 """
 
-import argparse
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli
+import engine
 import files
 
 ROOT = Path(cli.__file__).parent
@@ -35,9 +35,9 @@ COMMANDS = [
 ]
 
 
-def run(command: str, device: str, patience: int) -> str:
+def run(command: list[str], device: str, patience: int) -> str:
     """What a command says, with how it ended if not well."""
-    words = [sys.executable, *f"{command} --device {device}".split()]
+    words = [sys.executable, *command, "--device", device]
     begun = time.time()
     try:
         how = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=patience)
@@ -50,28 +50,29 @@ def run(command: str, device: str, patience: int) -> str:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.error, add = cli.fail, p.add_argument
+    p = cli.Parser(__doc__)
+    add = p.add_argument
     add("--device", default="cuda", help="[cuda]")
     now = time.strftime("runs/gpu-%Y%m%d-%H%M%S")
     add("--out", type=Path, default=Path(now), help="folder of report and runs [runs/gpu-DATE]")
     add("--patience", type=cli.count, default=300, help="seconds a command may take [300]")
     args = p.parse_args()
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        cli.fail(f"--device {args.device}: no CUDA device found here; run it where there is one")
+    device, _, _ = engine.start_processes(args.device)
     files.make_folder(args.out)
     report = args.out / "report.txt"
     text = f"torch {torch.__version__}\n"
-    if args.device.startswith("cuda"):
-        card = torch.cuda.get_device_properties(args.device)
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
         text += f"{card.name}, {card.total_memory / 2**30:.0f} GiB\n"
     for command in COMMANDS:
-        said = run(command.format(out=args.out.absolute()), args.device, args.patience)
-        print(said, flush=True)
+        words = [word.format(out=args.out.absolute()) for word in command.split()]
+        said = run(words, args.device, args.patience)
+        engine.say(said)
         text += said
         files.write_atomically(report, lambda path, text=text: path.write_text(text))
     print(report)
 
 
 if __name__ == "__main__":
-    main()
+    with cli.one_line_errors("take a smaller --model or batch"):
+        main()

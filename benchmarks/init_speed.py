@@ -8,7 +8,6 @@ ratio. All of it depends on the machine, its threads and what else runs there (o
 OMP_NUM_THREADS=1 is many times faster).
 """
 
-import argparse
 import math
 import sys
 from functools import partial
@@ -39,8 +38,7 @@ def an_svd_a_head(dim: int, num_heads: int, alpha: float = 2.0, beta: float = 0.
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.error = cli.fail
+    p = cli.Parser(__doc__)
     sizes = ["small", "base", "large"]
     p.add_argument("--models", nargs="+", choices=list(PRESETS), default=sizes, help="[S, B, L]")
     p.add_argument("--repeats", type=cli.count, default=5, help="of each [5]")
@@ -62,4 +60,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with cli.one_line_errors("take a smaller --model or batch"):
+        main()

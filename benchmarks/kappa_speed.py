@@ -7,7 +7,6 @@ with the ratio's quartiles. Where it is not, 197 tokens of width 384 (K would ha
 time of the lower bounds.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -27,8 +26,7 @@ def block_of(name: str):
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.error = cli.fail
+    p = cli.Parser(__doc__)
     p.add_argument("--repeats", type=two_or_more, default=6, help="of each [6]")
     p.add_argument("--tokens", type=cli.count, default=197, help="of the larger K [197]")
     args = p.parse_args()
@@ -47,4 +45,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with cli.one_line_errors("take a smaller --model or batch"):
+        main()

@@ -8,7 +8,6 @@ worker; ours sends uint8, and the device normalises it. Where that is a CPU it c
 saves here, so ours is timed without and with it.
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -55,8 +54,8 @@ def customary() -> v2.Transform:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.error, add = cli.fail, p.add_argument
+    p = cli.Parser(__doc__)
+    add = p.add_argument
     add("--images", type=cli.count, default=256, help="in a pass [256]")
     add("--workers", type=cli.count_or_0, default=2, help="processes [2]")
     add("--repeats", type=two_or_more, default=6, help="passes timed [6]")
@@ -89,4 +88,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with cli.one_line_errors("take a smaller --model or batch"):
+        main()

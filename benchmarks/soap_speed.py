@@ -7,7 +7,6 @@ All take the same gradients for the blocks of a ViT, in turns. What is timed is 
 one refreshes the eigenbases, as in training; the ratio is given with its quartiles over such tens.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -30,8 +29,7 @@ except ImportError:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.error = cli.fail
+    p = cli.Parser(__doc__)
     p.add_argument("--model", choices=list(PRESETS), default="nano", help="network [nano]")
     p.add_argument("--tens", type=two_or_more, default=6, help="timed tens of steps [6]")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
@@ -65,4 +63,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with cli.one_line_errors("take a smaller --model or batch"):
+        main()

@@ -6,7 +6,7 @@
 
 Forward, loss, backward and the optimizer's step on one random batch. The three take turns in one
 process; the ratio of their times is given with its quartiles. bf16 on GPUs that have it; there also
-images/s, and GB: what a step takes at its peak beyond weights and optimizer states.
+images/s, hours an epoch of ImageNet, and GB: a step's peak beyond weights and optimizer states.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def step_times(args: argparse.Namespace, name: str, device: torch.device) -> tup
     """Network -> seconds of each of --steps training steps, after --warmup others; network ->
     bytes at a step's peak, on a GPU."""
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=device)
-    labels = torch.arange(args.batch_size, device=device)
+    labels = torch.arange(args.batch_size, device=device) % 1000
     cuda = device.type == "cuda"
     wait = torch.cuda.synchronize if cuda else (lambda: None)
     nets = {kind: net.to(device) for kind, net in networks(name, args.image_size).items()}
@@ -72,8 +72,8 @@ def step_times(args: argparse.Namespace, name: str, device: torch.device) -> tup
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.error, add = cli.fail, p.add_argument
+    p = cli.Parser(__doc__)
+    add = p.add_argument
     add("--models", nargs="+", choices=list(PRESETS), default=["tiny", "small"], help="[both]")
     add("--opt", choices=["soap", "adamw"], default="adamw", help="of all three [adamw]")
     add("--batch-size", type=cli.count, default=8, help="images [8]")
@@ -102,7 +102,9 @@ def main() -> None:
         print()
         for kind, peak in peaks.items():
             rate = args.batch_size / median(times[kind])
-            print(f"       {kind:<8} {rate:7.0f} images/s, {peak / 1e9:5.2f} GB")
+            hours = 1_281_167 / rate / 3600  # an epoch of ImageNet
+            told = f"{rate:7.0f} images/s, {hours:.2f} h an epoch, {peak / 1e9:5.2f} GB"
+            print(f"       {kind:<8} {told}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ exp(c sqrt(L)): a straight line of ln J against sqrt(L). Source: "Subcritical Si
 Initialization in Normalization-Free Transformers" (arXiv 2604.11890), abstract.
 """
 
-import argparse
 import functools
 import math
 import statistics
@@ -28,6 +27,7 @@ import engine
 import files
 import pictures
 import theory
+from jacobian_probe import apjn
 from minskip import ViT
 from variants import vary_
 
@@ -66,12 +66,7 @@ def measured(model: ViT, depths: list[int]) -> list[float]:
     for number, block in enumerate(model.blocks, start=1):
         x = block(x)
         if number in depths:
-            squares = []
-            for _ in range(SIGNS):
-                v = torch.randint(0, 2, x.shape) * 2.0 - 1
-                [g] = torch.autograd.grad(x, first, v, retain_graph=True)
-                squares.append(g.square().mean().item())
-            found.append(sum(squares) / SIGNS)
+            found.append(apjn([first, x], SIGNS)[0])
     return found
 
 
@@ -90,11 +85,10 @@ def slope(J: list[float], depths: list[int], log: bool) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demos"), help="the picture's folder")
     parser.add_argument("--seeds", type=cli.count, default=5, help="draws of the weights")
     parser.add_argument("--depth", type=cli.count, default=64, help="blocks at most; 16 or more")
-    parser.error = cli.fail
     args = parser.parse_args()
     if args.depth < 2 * FIRST:
         cli.fail(f"--depth {args.depth}: a slope needs {2 * FIRST} blocks or more")

@@ -11,7 +11,6 @@ Source: "Convergence of Gradient Descent on Transformers with Residual Connectio
 several.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -159,11 +158,10 @@ def compare(axes: list[plt.Axes], title: str, setting: dict, seeds: int, limit: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demos"), help="the picture's folder")
     parser.add_argument("--seeds", type=cli.count, default=5, help="problems of each setting")
     parser.add_argument("--limit", type=cli.count, default=8000, help="steps at most")
-    parser.error = cli.fail
     args = parser.parse_args()
     files.make_folder(args.out)
     print(f"steps to 1e-3 of the first loss, {args.seeds} seeds")

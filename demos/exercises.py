@@ -9,7 +9,6 @@
 3. The greatest depth at which Adam still halves the loss of 32 examples, without skips and with.
 """
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable
@@ -176,9 +175,8 @@ def greatest_depth(kind: Callable[[], nn.Module], seed: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--seeds", type=cli.count, default=20, help="draws of the weights")
-    parser.error = cli.fail
     args = parser.parse_args()
     found = {
         kind: [through(network(kind, LAYERS, seed)) for seed in range(args.seeds)] for kind in KINDS

@@ -7,7 +7,6 @@ gradient at the first of 50 layers nn.Linear(64, 64) with the loss y.sum(), `tan
 without skips and `x + 0.1 * tanh(layer(x))` with them.
 """
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
@@ -40,10 +39,9 @@ def report(what: str, measured: str, quoted: str, remark: str = "") -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demos"), help="the picture's folder")
     parser.add_argument("--seeds", type=cli.count, default=100, help="draws of the weights")
-    parser.error = cli.fail
     args = parser.parse_args()
     files.make_folder(args.out)
 

@@ -40,6 +40,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what this project's files are in
 
 import cli
+import engine
 import files
 import networks
 import pictures
@@ -59,11 +60,18 @@ SET_HERE += "--norm --attention --activation"
 # --------------------------------------------------------------------------------------------------
 
 
+NAME = re.compile(r"(.+)-(\d+)-(\w+)-lr([\d.e+-]+)-seed(\d+)")
+
+
 def parts(folder: Path) -> tuple[str, int, str, float, int]:
     """Arm, depth, optimizer, learning rate and seed."""
-    pattern = r"(.+)-(\d+)-(\w+)-lr(.+)-seed(\d+)"
-    arm, depth, opt, rate, seed = re.fullmatch(pattern, folder.name).groups()
+    arm, depth, opt, rate, seed = NAME.fullmatch(folder.name).groups()
     return arm, int(depth), opt, float(rate), int(seed)
+
+
+def runs(work: Path, start: str) -> list[Path]:
+    """The folders of runs in WORK whose path begins so; others, as copies aside, do not count."""
+    return [folder for folder in sorted(work.glob(f"{start}*")) if NAME.fullmatch(folder.name)]
 
 
 def epochs_of(args: argparse.Namespace, folder: Path) -> int:
@@ -85,7 +93,7 @@ def log_of(args: argparse.Namespace, folder: Path) -> list[dict] | None:
 def tuning_logs(args: argparse.Namespace, cell: str) -> dict[float, list[list[dict]]]:
     """Learning rate -> logs, by seed, of the cell's finished tuning runs."""
     found = {}
-    for folder in sorted(args.work.glob(f"tune/{cell}-lr*-seed*")):
+    for folder in runs(args.work, f"tune/{cell}-lr"):
         if (log := log_of(args, folder)) is not None:
             found.setdefault(parts(folder)[3], []).append(log)
     return found
@@ -202,7 +210,7 @@ def run_all(args: argparse.Namespace, folders: list[Path], asked: list[int]) -> 
             for folder in [x for x, process in running.items() if process.poll() is not None]:
                 result = judged(args, folder, running.pop(folder).returncode)
                 done, name = done + 1, folder.relative_to(args.work)
-                print(f"run {done} of {number}  {name}  {result}", flush=True)
+                engine.say(f"run {done} of {number}  {name}  {result}")
             if asked:
                 cli.fail("interrupted; the same command continues", code=128 + asked[0])
     finally:
@@ -215,8 +223,9 @@ def run_all(args: argparse.Namespace, folders: list[Path], asked: list[int]) -> 
 def work_through(args: argparse.Namespace, cells: list[str]) -> None:
     """Round after round: tuning until no cell has a rate left to try, final runs, linear probes."""
     asked, final = [], []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: asked.append(number))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, lambda number, frame: asked.append(number))
     while tuning := [
         args.work / f"tune/{cell}-lr{rate:g}-seed{seed}"
         for cell in cells
@@ -264,6 +273,9 @@ def prepare(args: argparse.Namespace) -> None:
             cli.fail(f"--work {args.work} has runs with {found}")
     files.make_folder(args.work)
     files.write_atomically(kept, lambda temporary: temporary.write_text(json.dumps(facts)))
+    if others := {x for x in images.rglob("*") if x.is_symlink()} - set(links):
+        where = f"--work {args.work} has links to images that are no longer the same part of --data"
+        cli.fail(f"{where}, as {min(others)}; name another folder")
     for place, target in links.items():
         place.parent.mkdir(parents=True, exist_ok=True)
         if not os.path.lexists(place):
@@ -360,7 +372,7 @@ def probe_rows(args: argparse.Namespace, cell: list, start: str) -> list[list]:
 def show(args: argparse.Namespace) -> None:
     """table.md, curves.png, rates.png (what was held back, against the learning rate) and, of
     probes, probes.md in WORK: of all cells found there."""
-    names = [parts(folder) for folder in args.work.glob("tune/*-lr*-seed*")]
+    names = [parts(folder) for folder in runs(args.work, "tune/")]
     rows, probes, curves, rates, metric = [], [], {}, {}, args.metric
     # of the arms residual comes first
     for opt, depth, arm in sorted({(opt, depth, arm) for arm, depth, opt, *_ in names}):
@@ -370,7 +382,7 @@ def show(args: argparse.Namespace) -> None:
         rates[opt, depth, arm] = tuning_curve(tuned, metric)
         row = [arm, depth, opt, f"{worth(tuned[rate], metric)[0]:.1f}", f"{rate:g}"]
         start = f"full/{arm}-{depth}-{opt}-lr{rate:g}-seed"
-        logs = [log_of(args, folder) for folder in args.work.glob(f"{start}*")]
+        logs = [log_of(args, folder) for folder in runs(args.work, start)]
         if finished := [log for log in logs if log]:
             diverged = logs.count([])
             curves[opt, depth, arm] = curve(finished, metric)
@@ -402,9 +414,8 @@ def rate(text: str) -> float:
 
 
 def parse_arguments(words: list[str]) -> argparse.Namespace:
-    kind = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=kind, allow_abbrev=False)
-    p.error, add = cli.fail, p.add_argument  # one line, like every other mistake
+    p = cli.Parser(__doc__)
+    add = p.add_argument
     add("--script", choices=list(METRICS), default="train_cls.py", help="[train_cls.py]")
     add("--data", type=Path, help="folder of images")
     add("--camvid", type=Path, help="folder of images and masks, for eval_dense.py")
@@ -434,9 +445,13 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
             cli.fail(f"{word} behind -- is for the sweep to set; leave it out")
     if not (args.data or args.table):
         cli.fail("--data is needed, a folder with train/<class>/* and val/<class>/*; or --table")
-    for part in ("train/images", "train/masks") if args.camvid else ():
-        if not (args.camvid / part).is_dir():
-            cli.fail(f"--camvid {args.camvid}: no folder {part} in it")
+    if args.camvid:
+        reported = "test" if (args.camvid / "test").is_dir() else "val"
+        for part in (
+            f"{split}/{kind}" for split in ("train", reported) for kind in ("images", "masks")
+        ):
+            if not (args.camvid / part).is_dir():
+                cli.fail(f"--camvid {args.camvid}: no folder {part} in it")
     return args
 
 

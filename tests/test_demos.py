@@ -70,7 +70,7 @@ def test_demos_run_from_anywhere_and_end_bad_flags_in_one_line(tmp_path, monkeyp
     (tmp_path / "file").touch()
     for demo in (convergence, gradient_flow):
         done = run_here(demo.main, ["--out", "file/o"], tmp_path, monkeypatch, capsys)
-        assert_fails_in_one_line(done, "cannot make this folder")
+        assert_fails_in_one_line(done, "cannot write into this folder")
 
 
 # ---- convergence ---------------------------------------------------------------------------------

@@ -719,9 +719,11 @@ BAD_FLAGS = {
     "discover {a} --tau 1": "--tau: must lie between -1 and 1",
     "discover {a} --tau -1": "--tau: must lie between -1 and 1",
     "segment {a} --device tpu": "is not known here",
-    "segment {a} --data {root} --out {image} --ignore 11": "cannot make this folder",
-    "discover {a} --data {root} --out {image} --ignore 11": "cannot make this folder",
-    "picture {a} --out {image}": "cannot make this folder",
+    "segment {a} --data {root} --out {image} --ignore 11": "cannot write into this folder",
+    "discover {a} --data {root} --out {image} --ignore 11": "cannot write into this folder",
+    "segment {a} --data {root} --image-size 8": "--image-size 8 8 is one patch of a",
+    "discover {a} --data {root} --out /proc/self --ignore 11": "cannot write into this folder",
+    "picture {a} --out {image}": "cannot write into this folder",
     "segment {a} --data {root} --ignore 0": "--ignore 0|id 11",
 }
 

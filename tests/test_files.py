@@ -84,6 +84,14 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_half_file(tmp_path, capsys):
     assert (tmp_path / "log.jsonl").read_text() == "before" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_two_processes_that_write_one_file_do_not_write_one_temporary_file(tmp_path, monkeypatch):
+    names = []
+    for process in (11, 12):
+        monkeypatch.setattr("files.os.getpid", lambda process=process: process)
+        write_atomically(tmp_path / "a", lambda path: names.append(path.name) or path.touch())
+    assert len(set(names)) == 2
+
+
 def without(name: str) -> dict:
     return {key: value for key, value in content().items() if key != name}
 

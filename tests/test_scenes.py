@@ -10,13 +10,14 @@ from conftest import assert_fails_in_one_line
 from PIL import Image
 
 import scenes
+from cli import one_line_errors
 from data import open_rgb
 from shapes import draw_shapes
 
 
 def refused(capsys, function, *args) -> subprocess.CompletedProcess:
     """What a call that ends the program leaves, as `assert_fails_in_one_line` reads it."""
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as ended, one_line_errors("-"):
         function(*args)
     return subprocess.CompletedProcess([], ended.value.code, *capsys.readouterr())
 
@@ -53,6 +54,19 @@ def test_a_folder_is_read_in_order_each_image_with_its_mask(root):
         assert np.array_equal(found.image(i).permute(1, 2, 0), open_rgb(name))
         ids = np.array(Image.open(root / f"train/masks/{i}.png"))
         assert mask.dtype == torch.uint8 and np.array_equal(mask, ids)
+
+
+def test_an_image_that_its_tag_turns_has_the_size_it_is_looked_at_in(root, capsys):
+    """As a telephone's: stored lying, 6 wide and 4 high."""
+    path, tag = root / "train/images/1.png", Image.Exif()
+    tag[0x0112] = 6
+    Image.open(path).save(path, exif=tag)
+    done = refused(capsys, scenes.folder_scenes, root, "train", True)
+    assert_fails_in_one_line(done, r"of \(4, 6\), its image of \(6, 4\)")  # the mask, not turned
+    Image.open(root / "train/masks/1.png").rotate(-90, expand=True).save(root / "train/masks/1.png")
+    found = scenes.folder_scenes(root, "train", True)
+    assert found.sizes == [(5, 7), (6, 4)]
+    assert found.image(1).shape == (3, 6, 4) and found.masks[1].shape == (6, 4)
 
 
 def test_masks_are_optional_only_where_nobody_needs_them(root, capsys):
@@ -117,7 +131,7 @@ def test_bad_folders_end_in_one_line(what, root, capsys):
     else:
         damaged = image if what == "image" else mask
         damaged.write_text("this is no image")
-        expected = f"cannot read {what} {damaged}"
+        expected = f"cannot read image {damaged}"
     done = refused(capsys, scenes.folder_scenes, root, "train", True)
     assert_fails_in_one_line(done, expected)
 

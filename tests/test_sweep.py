@@ -244,9 +244,29 @@ def test_the_held_back_part_is_every_fifth_training_image_by_links(stubbed, imag
     assert originals("tune/train") == kept
 
 
+def test_images_added_later_do_not_move_what_was_held_back(stubbed, tmp_path, image_root):
+    """The first in order, it would make of the second the first: held back, and trained on."""
+    shutil.copytree(image_root, tmp_path / "data")
+    stubbed.run("--data", tmp_path / "data", "--arms", "residual")
+    some = next((tmp_path / "data/train/class0").iterdir())
+    shutil.copy(some, some.with_name("0.png"))
+    done = stubbed.end("--data", tmp_path / "data", "--arms", "residual")
+    assert_fails_in_one_line(done, "links to images that are no longer the same part of --data")
+
+
 # --------------------------------------------------------------------------------------------------
 # Going on, going wrong
 # --------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_of_a_run_put_aside_does_not_count(stubbed):
+    stubbed.run("--arms", "residual")
+    table = stubbed.table()
+    for part in ("tune", "full"):
+        run = stubbed.work / part / "residual-2-soap-lr0.01-seed0"
+        shutil.copytree(run, run.with_name(f"{run.name}-before"))
+    stubbed.run("--arms", "residual")
+    assert stubbed.table() == table and len(stubbed.calls()) == 4 + 2
 
 
 def test_what_is_finished_is_not_made_again_and_a_new_seed_is_added_once(stubbed):
@@ -400,11 +420,15 @@ def test_steps_to_equal_accuracy_by_hand():
 
 
 def test_dino_is_compared_by_knn_and_probed_at_the_last_block_and_at_quarters(stubbed, tmp_path):
-    for part in ("images", "masks"):
-        (tmp_path / "camvid/train" / part).mkdir(parents=True)
+    camvid = ["--camvid", tmp_path / "camvid"]
+    for part in ("train/images", "train/masks"):
+        (tmp_path / "camvid" / part).mkdir(parents=True)
+    assert_fails_in_one_line(stubbed.end(*camvid), "no folder val/images in it")  # now, not later
+    for part in ("test/images", "test/masks"):
+        (tmp_path / "camvid" / part).mkdir(parents=True)
     words = ["--script", "train_ssl.py", "--arms", "residual", "--depths", "6"]
     stubbed.order(seed2=DIVERGED)
-    stubbed.run(*words, "--seeds", "0", "1", "2", "--camvid", tmp_path / "camvid")
+    stubbed.run(*words, "--seeds", "0", "1", "2", *camvid)
     looks = [call for call in stubbed.calls() if call["words"][0] == "segment"]
     assert len(looks) == 4
     for call in looks:

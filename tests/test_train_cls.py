@@ -30,6 +30,7 @@ from conftest import (
     script_environment,
     share_of,
 )
+from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
@@ -422,6 +423,63 @@ def test_two_runs_do_not_share_a_folder(image_root, tmp_path, monkeypatch, capsy
     assert_fails_in_one_line(done, f"run is in use by process {other.pid} on .*; wait")
 
 
+def test_a_finished_run_resumed_mends_its_log_and_one_resumed_elsewhere_is_whole(
+    finished, tmp_path, monkeypatch
+):
+    """As killed between the last checkpoint and the last line of the log."""
+    shutil.copytree(finished[0] / "runs/a", tmp_path / "run")
+    log = tmp_path / "run/log.jsonl"
+    whole = log.read_text()
+    log.write_text(whole.splitlines(keepends=True)[0])
+    left = tmp_path / "run/last.pt.123.tmp"  # by a process that was killed as it wrote
+    left.touch()
+    run_main(train_cls.main, ["--resume", "run/last.pt"], tmp_path, monkeypatch)
+    assert log.read_text() == whole and not left.exists()
+    words = ["--resume", "run/last.pt", "--out", "new"]
+    run_main(train_cls.main, words, tmp_path, monkeypatch)
+    assert_equal_runs(load(tmp_path / "run/last.pt"), load(tmp_path / "new/last.pt"))
+    assert (tmp_path / "new/log.jsonl").read_text() == whole
+
+
+def test_a_full_disk_ends_a_run_in_one_line_its_workers_too(image_root, tmp_path):
+    """Here a limit on the size of files, below a checkpoint's."""
+    words = ["--data", image_root, *SMALL, "--workers", "1", "--out", "run"]
+    command = (
+        f"ulimit -f 100; exec {sys.executable} {ROOT}/train_cls.py {' '.join(map(str, words))}"
+    )
+    how = dict(cwd=tmp_path, env=script_environment(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-c", command], **how)
+    assert_fails_in_one_line(done, "cannot write run/last.pt .*; what it held before is kept")
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {".lock", "log.jsonl"}
+
+
+def test_a_loader_that_hangs_and_a_mistake_of_ours_both_end(image_root, tmp_path, monkeypatch):
+    """Workers heed no SIGTERM, with which multiprocessing would end them, waiting for ever."""
+    words = ["--data", str(image_root), *SMALL, "--workers", "1", "--out"]
+    code = """
+import sys, time
+import cli, data, run, train_cls
+kind, *sys.argv[1:] = sys.argv[1:]
+def hang(self, keys): time.sleep(1000)
+def mistake(self, **numbers): raise RuntimeError("a mistake of ours")
+if kind == "hang":
+    data.LOADER_PATIENCE, data.Seeded.__getitems__ = 1, hang
+else:
+    run.Run.add = mistake
+with cli.one_line_errors("-"):
+    train_cls.main()
+"""
+    (tmp_path / "broken.py").write_text(code)
+    how = dict(cwd=tmp_path, env=script_environment(), capture_output=True, text=True, timeout=60)
+    for kind, said in (
+        ("hang", "error: loading images: DataLoader timed out"),
+        ("x", "Error: a m"),
+    ):
+        done = subprocess.run([sys.executable, "broken.py", kind, *words, kind], **how)
+        assert done.returncode == 1 and said in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1 or kind == "x"
+
+
 @pytest.mark.parametrize("broken", ["gradient", "weights"])
 def test_what_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     broken, finished, tmp_path, monkeypatch, capsys
@@ -549,10 +607,16 @@ BAD_FLAGS = {
     "--data {root} --pos-embed-std inf": "must not be negative; it is inf",
     "--data {root} --epochs x": "argument --epochs: invalid count value",
     "--data {root} --epochs 1 --warmup-epochs 0.95": "leaves no step",
-    "--data {root} --out {root}/val/class0/00.png": "cannot make this folder",
+    "--data {root} --out {root}/val/class0/00.png": "cannot write into this folder",
     "--resume {done}/runs/a/last.pt --data {done}/other": "had 60 .*, this folder has 59; give",
     "--resume {done}/runs/a/last.pt --data {done}/renamed": r"has others, as many \(60\); give",
     "--data {root} --out=": "--out: must name a file or folder",
+    "--data=": "--data: must name a file or folder",  # as an unset variable gives
+    "--data {root} --resume=": "--resume: must name a file or folder",
+    "--eval=": "--eval: must name a file or folder",
+    "--resume {done}/runs/b/older.pt": "overwrite the last.pt beside it; add --out NEW",
+    "--resume {done}/runs/a/last.pt --data {done}/changed": r"has others, as many \(60\); give",
+    "--skipless --attention e-spa --image-size 8": "keeps tokens apart, and here is one",
     "--resume {done}/runs/a/last.pt --out {done}/runs/b": "holds a run already",
     "--data {root} --ema 1": r"--ema: must lie in \[0, 1\)",
     "--data {root} --seed 4294967296": "must lie in 0 .. 2",
@@ -575,7 +639,10 @@ def finished_and_others(finished):
     renamed = make_image_folder(finished[0] / "renamed") / "train/class0"
     (renamed / "00.png").rename(renamed / "x.png")
     make_image_folder(finished[0] / "three", classes=3)
+    changed = make_image_folder(finished[0] / "changed") / "train/class0/00.png"
+    Image.open(changed).resize((30, 30)).save(changed)
     shutil.copytree(finished[0] / "runs/a", finished[0] / "runs/b")
+    shutil.copy(finished[0] / "runs/a/last.pt", finished[0] / "runs/b/older.pt")
     return finished[0]
 
 
@@ -609,6 +676,32 @@ def test_settings_in_a_checkpoint_are_checked_like_flags(
     for flag in ("--resume", "--eval"):
         done = run_here(train_cls.main, [flag, "bad.pt"], tmp_path, monkeypatch, capsys)
         assert_fails_in_one_line(done, f"bad.pt is damaged: .*{re.escape(words)}")
+
+
+DAMAGED = {
+    "optimizer": (lambda c: dict(optimizer={}), "damaged"),
+    "moments": (lambda c: dict(optimizer=with_moment(c, torch.zeros(7))), "damaged"),
+    "averages": (lambda c: dict(ema=[1]), "it has no ema"),
+    "history": (lambda c: dict(history=[]), "its history is not of its epochs"),
+    "model": (lambda c: dict(model=c["model"] | {3: torch.ones(1)}), "not those of its model_conf"),
+}
+
+
+def with_moment(checkpoint: dict, moment: torch.Tensor) -> dict:
+    kept = copy.deepcopy(checkpoint["optimizer"])
+    kept["state"][1]["exp_avg"] = moment
+    return kept
+
+
+@pytest.mark.parametrize("part", DAMAGED)
+def test_a_checkpoint_with_a_damaged_part_ends_in_one_line(
+    part, finished, tmp_path, monkeypatch, capsys
+):
+    change, words = DAMAGED[part]
+    content = load(finished[0] / "runs/a/last.pt")
+    torch.save(content | change(content), tmp_path / "last.pt")
+    done = run_here(train_cls.main, ["--resume", "last.pt"], tmp_path, monkeypatch, capsys)
+    assert_fails_in_one_line(done, words)
 
 
 BAD_FOLDERS = {
@@ -669,17 +762,36 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(
     (tmp_path / "other/.lock").mkdir(parents=True)
     words[-1] = "other"
     done = run_here(train_cls.main, words, tmp_path, monkeypatch, capsys)
-    assert_fails_in_one_line(done, r"other: cannot write here \(Is a directory\)")
+    assert_fails_in_one_line(done, r"other/.lock: Is a directory")
+    words[-1] = "/proc/self"  # where nobody may write
+    done = run_here(train_cls.main, words, tmp_path, monkeypatch, capsys)
+    assert_fails_in_one_line(done, r"/proc/self: cannot write into this folder")
 
 
-def test_the_first_process_s_weights_are_all_processes_s(monkeypatch):
-    model = nn.BatchNorm1d(3)
-    engine.share_weights(model)
-    assert model.weight.tolist() == [1.0] * 3  # a single process
-    monkeypatch.setattr(engine.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(engine.dist, "broadcast", lambda x, source: x.fill_(7 + source))
-    engine.share_weights(model)
-    assert all((x == 7).all() for x in model.state_dict().values())
+FIRST = """
+import torch, torch.distributed as dist
+import engine
+
+def main():
+    model = torch.nn.BatchNorm1d(3)
+    assert engine.in_processes(model, torch.device("cpu")) is model  # a process alone
+    _, rank, _ = engine.start_processes("cpu")
+    torch.nn.init.constant_(model.weight, 7.0 + rank)
+    model.running_mean.fill_(5.0 + rank)
+    engine.in_processes(model, torch.device("cpu"))
+    assert model.weight.tolist() == [7.0] * 3 and model.running_mean.tolist() == [5.0] * 3
+    engine.say("the first's")
+
+main()
+dist.destroy_process_group()
+"""
+
+
+def test_the_first_process_s_weights_are_all_processes_s(tmp_path):
+    """Two kinds of machine may round one draw differently."""
+    (tmp_path / "first.py").write_text(FIRST)
+    done = run_script(tmp_path / "first.py", cwd=tmp_path, launcher=TWO_PROCESSES)
+    assert done.returncode == 0 and done.stdout == "the first's\n", done.stderr
 
 
 def test_what_autograd_keeps_is_counted_and_let_go():

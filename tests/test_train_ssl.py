@@ -498,6 +498,7 @@ def test_without_val_knn_is_off(image_root, tmp_path, monkeypatch, capsys):
         ("--device tpu", "use auto, cpu, cuda"),
         ("--prototypes many", "invalid count value"),
         ("--resume missing.pt", "no such file"),
+        ("--prototypes 1000000000000", "out of memory; "),
     ],
 )
 def test_bad_input_ends_in_one_line(words, says, tmp_path, monkeypatch, capsys):
@@ -516,6 +517,10 @@ def test_bad_files_end_in_one_line(finished, tmp_path, monkeypatch, capsys):
     last = finished[0] / "run/last.pt"
     done = run_here(train_ssl.main, ["--resume", last, "--lr", "5"], tmp_path, monkeypatch, capsys)
     assert_fails_in_one_line(done, "contradicts the checkpoint")
+    for centre in (None, torch.zeros(3)):
+        torch.save(torch.load(last) | dict(centre=centre), tmp_path / "last.pt")
+        done = run_here(train_ssl.main, ["--resume", "last.pt"], tmp_path, monkeypatch, capsys)
+        assert_fails_in_one_line(done, "last.pt is damaged")
 
 
 def test_settings_of_the_recipe(monkeypatch):

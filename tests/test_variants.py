@@ -23,7 +23,7 @@ import train_cls
 import train_ssl
 import variants
 from minskip import ViT
-from variants import kernels, start_, tat_correlation, tat_slope, vary_
+from variants import kernels, start_, tat_after, tat_correlation, tat_slope, vary_
 
 DIM, HEADS = 32, 4
 
@@ -229,13 +229,15 @@ def test_every_block_of_e_spa_keeps_the_same_share_of_a_and_begins_with_independ
     "layers, eta, slope",
     [(12, 0.8, 0.206), (12, 0.7, 0.325), (24, 0.9, 0.239), (24, 0.8, 0.394), (6, 0.7, 0.120)],
 )
-def test_tat_s_slope(layers, eta, slope):
-    assert tat_slope(layers, eta) == pytest.approx(slope, abs=6e-4)
+def test_what_a_slope_makes_of_independent_tokens(layers, eta, slope):
+    assert tat_after(layers, slope) == pytest.approx(eta, abs=1e-3)
 
 
-def test_tat_cannot_pass_what_relu_reaches():
-    with pytest.raises(ValueError, match=r"12 layers reach a correlation of 0\.897, not 0\.9"):
-        tat_slope(12, 0.9)
+def test_tat_s_slope_leads_to_nine_tenths_of_what_relu_reaches():
+    """Which after 12 layers is 0.897: a correlation of 0.9, the source's, is out of reach."""
+    assert tat_after(12, 0.0) == pytest.approx(0.897, abs=5e-4)
+    for layers in (2, 12, 24):
+        assert tat_after(layers, tat_slope(layers)) == pytest.approx(0.9 * tat_after(layers, 0.0))
 
 
 def test_tat_keeps_the_variance_and_maps_correlations_as_c_says():
