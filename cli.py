@@ -272,7 +272,13 @@ def stored_settings(p: argparse.ArgumentParser, demo: dict, checkpoint: dict) ->
                 p.error(f"{flag} is {value}")
         else:
             words.append(flag if value is True else f"{flag}={value}")
-    return demo | stored | vars(p.parse_args(words))
+    if lacking := demo.keys() - stored.keys() - {"resume", "eval"}:
+        p.error(f"no setting {min(lacking)}")
+    settings = demo | stored | vars(p.parse_args(words))
+    config = checkpoint["model_config"]
+    if others := [name for name in config if settings.get(name, config[name]) != config[name]]:
+        p.error(f"its network has another {others[0]} than its settings")
+    return settings
 
 
 def layered(*layers: dict) -> dict:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from cli import fail
 from minskip import ViT
-from soap import LONGEST_SIDE, SOAP, as_matrix_shape
+from soap import SOAP, kept_of
 
 # --------------------------------------------------------------------------------------------------
 # Devices and processes
@@ -192,9 +192,8 @@ def say_memory(
     sizes = [p.shape for p in network.parameters()]
     weights = 4 * sum(size.numel() for size in sizes)
     state = 2 * weights
-    if opt == "soap":  # and of each side of a matrix a factor and its eigenbasis
-        sides = [side for size in sizes for side in as_matrix_shape(size) or ()]
-        state += 4 * 2 * sum(side**2 for side in sides if side <= LONGEST_SIDE)
+    if opt == "soap":
+        state = 4 * sum(math.prod(x) for size in sizes for x in kept_of(size).values())
         state /= dist.get_world_size() if dist.is_initialized() else 1
     total = 2 * weights + state + images * an_image
     say(

@@ -125,6 +125,7 @@ def load_checkpoint(path: str, script: str | None = None) -> dict:
     if script is not None and content.get("script") != script:
         fail(f"checkpoint {path} was written by {content.get('script')}, not by {script}")
     for name, kind in (PARTS | dict(ema=dict) if content.get("ema") else PARTS).items():
-        if not isinstance(content.get(name), kind):
+        value = content.get(name)
+        if not isinstance(value, kind) or (kind is int and value < 0):
             fail(f"checkpoint {path} is damaged: it has no {name}; use another")
     return content | dict(path=path)

@@ -392,12 +392,13 @@ def trained_networks(args: argparse.Namespace) -> list[tuple[str, str, Iterable[
     found, sizes = [], set()
     for path in args.checkpoint:
         checkpoint = files.load_checkpoint(path)
-        sizes.add(checkpoint["model_config"]["image_size"])
+        trained = networks.trained_vit(checkpoint)
+        sizes.add(trained.config["image_size"])
         name = Path(path).resolve().parent.name
         name = path if name in [run for run, _, _ in found] else name
         if args.before:
             found.append((name, "before training", [networks.untrained_vit(checkpoint)]))
-        found.append((name, "trained", [networks.trained_vit(checkpoint)]))
+        found.append((name, "trained", [trained]))
     if len(sizes) > 1:
         cli.fail(f"--checkpoint: of different image sizes {sorted(sizes)}; probe them apart")
     args.image_size, args.seeds = sizes.pop(), 1

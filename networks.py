@@ -61,7 +61,7 @@ def vit_of(checkpoint: dict) -> ViT:
     config, weights, path = checkpoint["model_config"], checkpoint["model"], checkpoint["path"]
     damaged = f"checkpoint {path} is damaged: its weights are not those of its model_config"
     blocks = {str(name).split(".")[1] for name in weights if str(name).startswith("blocks.")}
-    if config.get("depth") != len(blocks):
+    if config.get("depth") != len(blocks) or not isinstance(config.get("residual"), bool):
         fail(damaged)
     try:
         with torch.device("meta"):
@@ -113,12 +113,20 @@ def fresh_arm(
 
 def load_(target: Tensor | nn.Module | Optimizer, state, checkpoint: dict) -> None:
     """Give target the state that a checkpoint has of it, or end the program in one line."""
+
+    def kinds() -> list:
+        groups = getattr(target, "param_groups", [])  # of an optimizer
+        return [{name: type(x) for name, x in group.items()} for group in groups]
+
     try:
+        before = kinds()
         if isinstance(target, Tensor):
             target.copy_(state.view_as(target))
         else:
             target.load_state_dict(state)
-        for p, kept in target.state.items() if isinstance(target, Optimizer) else ():
+        if kinds() != before:
+            raise TypeError("param_groups")
+        for p, kept in target.state.items() if before else ():
             kept.get("exp_avg", p).view_as(p)
     except torch.OutOfMemoryError:
         raise

@@ -212,11 +212,16 @@ class Run:
             say("        numbers for MixUp, CutMix and drop-path than in an uninterrupted run")
         for name, x in self.kept.items():
             networks.load_(x, checkpoint.get(name), checkpoint)
-        self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
+        self.epoch, self.step, self.sums = (checkpoint[x] for x in ("epoch", "step", "sums"))
         self.seconds, self.history = checkpoint["seconds"], checkpoint["history"]
-        if (self.history[-1].get("epoch") if self.history else 0) != self.epoch:
+        numbers = all(
+            isinstance(row, dict) and {type(x) for x in row.values()} <= {int, float, type(None)}
+            for row in [*self.history, self.sums]
+        )
+        last = self.history[-1].get("epoch") if numbers and self.history else 0
+        if not numbers or last != self.epoch or self.step >= len(self.batches):
             fail(f"checkpoint {self.args.resume} is damaged: its history is not of its epochs")
-        self.sums = {k: torch.tensor(v, device=self.device) for k, v in checkpoint["sums"].items()}
+        self.sums = {k: torch.tensor(v, device=self.device) for k, v in self.sums.items()}
 
     # ---- what a person reads ---------------------------------------------------------------------
 

@@ -30,6 +30,17 @@ def as_matrix_shape(shape: torch.Size) -> tuple[int, int] | None:
     return sizes[0], math.prod(sizes[1:])
 
 
+def kept_of(shape: torch.Size, longest: int = LONGEST_SIDE) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what SOAP keeps of a parameter: moments, and of each side that is not longer
+    than `longest` Shampoo's factor and its eigenbasis."""
+    sides = as_matrix_shape(shape)
+    kept = dict.fromkeys(["exp_avg", "exp_avg_sq"], sides or (shape.numel(),))
+    for side, size in zip("LR", sides or ()):
+        if size <= longest:
+            kept |= dict.fromkeys([f"factor_{side}", f"basis_{side}"], (size, size))
+    return kept
+
+
 def eigenbasis(factor: Tensor) -> Tensor:
     """Eigenvectors of symmetric matrices, (batch, size, size), columns by falling eigenvalue.
 
@@ -170,19 +181,14 @@ class SOAP(Optimizer):
 
         states = [self.state[p] for p in params]
         dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
-        shape = as_matrix_shape(params[0].shape) or (params[0].numel(),)
+        kept = kept_of(params[0].shape, group["max_precondition_dim"])
+        sides = [side for side in "LR" if f"basis_{side}" in kept]
         # (batch, rows, columns) for matrices, (batch, size) for vectors
-        G = stacked([p.grad.to(dtype) for p in params]).reshape(-1, *shape)
-        longest = group["max_precondition_dim"] if len(shape) == 2 else 0  # of a vector neither
-        sides = [side for side, size in zip("LR", shape) if size <= longest]
-        names = ["exp_avg", "exp_avg_sq", *(f"factor_{s}" for s in sides)]
-        bases = [f"basis_{s}" for s in sides]
+        G = stacked([p.grad.to(dtype) for p in params]).reshape(-1, *kept["exp_avg"])
         if step == 0:
-            sizes = dict(zip("LR", shape))
-            S = {name: torch.zeros_like(G) for name in names[:2]}
-            S |= {f"factor_{s}": G.new_zeros(len(G), sizes[s], sizes[s]) for s in sides}
+            S = {name: G.new_zeros(len(G), *shape) for name, shape in kept.items()}
         else:
-            S = {name: stacked([state[name] for state in states]) for name in names + bases}
+            S = {name: stacked([state[name] for state in states]) for name in kept}
 
         def project(X: Tensor, back: bool = False) -> Tensor:
             """Into the eigenbasis, Q_L^T X Q_R, or back out of it, Q_L X Q_R^T."""
@@ -224,7 +230,9 @@ class SOAP(Optimizer):
 
         for state in states:
             state["step"] = step + 1
-        for name in names + bases if refreshed else names:
+        for name in kept:
+            if name.startswith("basis") and not refreshed:
+                continue
             values = S[name].unbind()
             if step == 0:
                 for state, value in zip(states, values):
@@ -236,11 +244,15 @@ class SOAP(Optimizer):
         """As every optimizer's, except that float32 state of bf16 parameters stays float32.
 
         The base class casts state to the parameter's dtype, which would spoil an exact resume.
+        Raises ValueError where a parameter's is not of its shape.
         """
         super().load_state_dict(state_dict)
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(saved_ids, params):
-            for name, value in state_dict["state"].get(i, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[p][name] = value.to(p.device, copy=True)
+        groups = [(p, group) for group in self.param_groups for p in group["params"]]
+        for i, (p, group) in zip(saved_ids, groups):
+            state = state_dict["state"].get(i, {})
+            found = {name: x for name, x in state.items() if isinstance(x, Tensor)}
+            expected = kept_of(p.shape, group["max_precondition_dim"]) if state else {}
+            if {name: tuple(x.shape) for name, x in found.items()} != expected:
+                raise ValueError(f"the state of parameter {i} is not that of {tuple(p.shape)}")
+            self.state[p] |= {name: x.to(p.device, copy=True) for name, x in found.items()}

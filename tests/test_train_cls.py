@@ -682,15 +682,31 @@ DAMAGED = {
     "optimizer": (lambda c: dict(optimizer={}), "damaged"),
     "moments": (lambda c: dict(optimizer=with_moment(c, torch.zeros(7))), "damaged"),
     "averages": (lambda c: dict(ema=[1]), "it has no ema"),
+    "a basis": (lambda c: dict(optimizer=with_moment(c, torch.zeros(3), "basis_L")), "damaged"),
+    "a rate": (lambda c: dict(optimizer=with_rate(c, [])), r"damaged \(TypeError"),
     "history": (lambda c: dict(history=[]), "its history is not of its epochs"),
+    "a row": (lambda c: dict(history=[*c["history"][:1], dict(epoch=2, top1="x")]), "its history"),
+    "step": (lambda c: dict(step=10**9), "its history is not of its epochs"),
+    "settings": (lambda c: dict(args=without(c["args"], "lr")), "damaged: no setting lr"),
+    "size": (lambda c: dict(args=c["args"] | dict(image_size=24)), "another image_size than its"),
     "model": (lambda c: dict(model=c["model"] | {3: torch.ones(1)}), "not those of its model_conf"),
 }
 
 
-def with_moment(checkpoint: dict, moment: torch.Tensor) -> dict:
+def with_moment(checkpoint: dict, moment: torch.Tensor, name: str = "exp_avg") -> dict:
     kept = copy.deepcopy(checkpoint["optimizer"])
-    kept["state"][1]["exp_avg"] = moment
+    kept["state"][1][name] = moment
     return kept
+
+
+def with_rate(checkpoint: dict, rate) -> dict:
+    kept = copy.deepcopy(checkpoint["optimizer"])
+    kept["param_groups"][0]["lr"] = rate
+    return kept
+
+
+def without(settings: dict, name: str) -> dict:
+    return {key: value for key, value in settings.items() if key != name}
 
 
 @pytest.mark.parametrize("part", DAMAGED)
