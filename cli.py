@@ -54,7 +54,8 @@ def one_line_errors(memory_advice: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        fail(f"out of memory ({str(error).split('.')[0]}); {memory_advice}")
+        said = str(error).split(".")[0] or "of the CPU"
+        fail(f"out of memory ({said}); {memory_advice}")
     except torch.linalg.LinAlgError as error:
         fail(f"{error}; usually a gradient is not finite: use a smaller --lr", code=1)
     except RuntimeError as error:
@@ -77,11 +78,11 @@ def one_line_errors(memory_advice: str) -> Iterator[None]:
         fail(str(error).strip().splitlines()[-1].split("BadInput: ")[-1])
     except BrokenPipeError:  # into head, say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # of Python's last flush
-        raise SystemExit(1) from None
+        fail("the reader of the output has left, or a process has ended", code=1)
     except OSError as error:  # no permission, a name too long, a disk that is full or gone
         if error.filename is None:
             raise
-        fail(f"{error.filename}: {error.strerror}")
+        fail(f"{error.filename}: {error.strerror}; mend it or name another")
     except KeyboardInterrupt:  # outside the training loop, which sees to it itself
         fail("interrupted", code=130)
 
@@ -165,7 +166,8 @@ def trainer_flags(description: str, demo: dict, folder: dict, skipless: dict):
             help += f" [{', '.join(defaults)}]"
         p.add_argument(flag, help=help, **(dict(type=type) if type else {}), **kind)
 
-    add("--data", "folder with train/<class>/* and val/<class>/* [synthetic images]", path)
+    data = "folder with train/<class>/* and val/<class>/*, which DINO can do without"
+    add("--data", f"{data} [synthetic images]", path)
     add("--out", "folder of this run's files [under runs/, named after the settings]", path)
     add("--model", "width and depth; nano is for CPUs", choices=list(PRESETS))
     add("--skipless", "train without skip connections", action="store_true")

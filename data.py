@@ -44,16 +44,17 @@ def mixed_seeds(count: int, *numbers: int) -> list[int]:
 
 
 @contextmanager
-def decoding(path: str | Path) -> Iterator[None]:
+def decoding(path: str | Path, what: str = "image") -> Iterator[None]:
     """Raises BadInput, naming the file, where Pillow cannot read it."""
     if Path(path).is_fifo():  # to open it would wait for ever
-        raise BadInput(f"cannot read image {path} (a pipe); remove it")
+        raise BadInput(f"cannot read {what} {path} (a pipe); remove it")
     try:
         yield
     except (BadInput, MemoryError):
         raise
     except Exception as error:  # whatever a broken file makes Pillow stumble over
-        raise BadInput(f"cannot read image {path} ({error}); repair or remove it") from error
+        advice = "replace it, since a run to be resumed needs as many"
+        raise BadInput(f"cannot read {what} {path} ({error}); {advice}") from error
 
 
 def open_rgb(path: str) -> Image.Image:
@@ -105,7 +106,7 @@ def image_folder(root: str, split: str) -> ImageFolder:
         fail(f"--data {root}: no such folder")
     if not folder.is_dir():
         fail(f"--data {root}: no folder {folder}; {layout}")
-    seen = {}
+    seen = {}  # every folder is reached once, or images would count twice, or without end
     for place, _, _ in os.walk(folder, followlinks=True):
         if (first := seen.setdefault(os.path.realpath(place), place)) != place:
             fail(f"--data {root}: {place} is the same folder as {first}; remove one of the links")
@@ -273,7 +274,8 @@ def end_workers() -> None:
     """Those that an error has left: multiprocessing asks them by SIGTERM and waits for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for a failure
     for worker in multiprocessing.active_children():
-        worker.kill()
+        if worker.daemon:  # as a loader's are
+            worker.kill()
 
 
 LOADER_PATIENCE = 900  # seconds for a batch; a worker that died with a lock is waited for in vain

@@ -110,7 +110,7 @@ def in_processes(network: nn.Module, device: torch.device) -> nn.Module:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return network
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(network, ids, gradient_as_bucket_view=True)  # no second copy
+    return DistributedDataParallel(network, ids, gradient_as_bucket_view=True)  # no copy of them
 
 
 def computed_twice(forward: Callable, grid: dict, x: Tensor) -> Tensor:
@@ -180,8 +180,9 @@ def say_memory(
     """Print what a training step will hold: an estimate, from forward passes of one image and two.
 
     shapes: of one image in each of the network's inputs. images: that go through it at once. Left
-    out: the loss, kernels' workspaces, averaged weights or a teacher, and that several processes
-    share SOAP's state by the number of parameters, not quite evenly.
+    out: the loss, kernels' workspaces, averaged weights or a teacher, DDP's copy of the gradients
+    with --grad-accum, and that several processes share SOAP's state by the number of parameters,
+    not quite evenly.
     """
 
     def forward(count: int):

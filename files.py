@@ -33,9 +33,10 @@ def write_atomically(path: Path, write: Callable[[Path], None], needed: bool = T
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-            raise  # but for torch.save's way to say that it cannot write
-        why = getattr(error, "strerror", "usually a full disk")
+        words = ("inline_container", "cannot be opened", "Parent directory")  # torch.save's
+        if isinstance(error, RuntimeError) and not any(x in str(error) for x in words):
+            raise
+        why = getattr(error, "strerror", None) or "usually a full disk"
         problem = f"cannot write {path} ({why}); what it held before is kept"
         if needed:
             fail(problem)
@@ -65,7 +66,7 @@ def lock(folder: Path) -> None:
         return
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"{os.getpid()} on {socket.gethostname()}".encode())
-    for left in folder.glob("*.tmp"):  # by a process that was killed as it wrote
+    for left in folder.glob("last.pt.*.tmp"):  # by a process that was killed as it wrote
         left.unlink()
 
 

@@ -159,4 +159,4 @@ def untrained_vit(checkpoint: dict) -> ViT:
             model = vit_of(checkpoint)
             return initialise_(model, *(had[name] for name in ("init", "alpha", "beta", "c")))
         except (KeyError, TypeError, ValueError) as error:
-            fail(f"checkpoint {checkpoint['path']} is damaged: its settings lack {error}")
+            fail(f"checkpoint {checkpoint['path']} is damaged: its settings give {error!r}")

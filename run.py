@@ -86,6 +86,8 @@ class Run:
                 signal.signal(number, self.receive)
         self.started = time.time()
         if args.resume and args.out:  # a folder of its own has its checkpoint from the start
+            if dist.is_initialized():
+                dist.barrier()  # until all have seen that it had none
             self.save()
 
     @property
@@ -218,8 +220,11 @@ class Run:
             isinstance(row, dict) and {type(x) for x in row.values()} <= {int, float, type(None)}
             for row in [*self.history, self.sums]
         )
-        last = self.history[-1].get("epoch") if numbers and self.history else 0
-        if not numbers or last != self.epoch or self.step >= len(self.batches):
+        last = self.history[-1] if numbers and self.history else dict(epoch=0)
+        whole = self.epoch == 0 or self.panels.keys() | {"minutes"} <= last.keys()
+        if not (
+            numbers and whole and last.get("epoch") == self.epoch and self.step < len(self.batches)
+        ):
             fail(f"checkpoint {self.args.resume} is damaged: its history is not of its epochs")
         self.sums = {k: torch.tensor(v, device=self.device) for k, v in self.sums.items()}
 

@@ -51,7 +51,7 @@ def read_mask(path: Path, size: Size) -> Tensor:
     """Class ids, (height, width), of a single-channel image; a palette's indices are its ids."""
     if not path.is_file():
         fail(f"mask {path} is missing; add it or remove its image")
-    with decoding(path), Image.open(path) as image:
+    with decoding(path, "mask"), Image.open(path) as image:
         mode, ids = image.mode, np.array(image)
     if ids.ndim != 2 or mode == "F" or ids.min() < 0:
         fail(f"mask {path} is {mode}, not one channel of integers >= 0; save class ids as such")
@@ -66,7 +66,12 @@ def image_files(paths: list[Path]) -> Scenes:
     check_images(names)
     for path in paths:
         with decoding(path), Image.open(path) as image:
-            lying = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # `open_rgb` turns it
+            lying = image.getexif().get(ExifTags.Base.Orientation) in (
+                5,
+                6,
+                7,
+                8,
+            )  # then it is turned
             sizes.append(image.size if lying else image.size[::-1])
     return Scenes(names, lambda i: pil_to_tensor(open_rgb(names[i])), sizes, None)
 

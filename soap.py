@@ -88,9 +88,9 @@ class SOAP(Optimizer):
         V <- b2 V + (1 - b2) (Q_L^T G Q_R)^2                        both in the eigenbasis
         W <- W - lr Q_L [ M / (sqrt(V) + eps) ] Q_R^T               with Adam's bias correction
 
-    A refresh takes M out of the old basis and into the new. (The published code keeps M out of it
-    and projects it at every step: the same update, by eight products instead of six.) Vectors get
-    plain Adam. Weight decay is decoupled (W <- W - lr wd W).
+    A refresh takes M out of the old basis and into the new. (One can keep M out of it and project
+    it at every step: the same update, by eight products instead of six.) Vectors get plain Adam.
+    Weight decay is decoupled (W <- W - lr wd W).
 
     **The first step** of a parameter only builds L, R and their eigenbases from its gradient
     (exact eigendecomposition) and leaves the parameter alone, as the published code does.
@@ -253,6 +253,7 @@ class SOAP(Optimizer):
             state = state_dict["state"].get(i, {})
             found = {name: x for name, x in state.items() if isinstance(x, Tensor)}
             expected = kept_of(p.shape, group["max_precondition_dim"]) if state else {}
-            if {name: tuple(x.shape) for name, x in found.items()} != expected:
+            step = state.get("step", 0)
+            if {k: tuple(x.shape) for k, x in found.items()} != expected or type(step) is not int:
                 raise ValueError(f"the state of parameter {i} is not that of {tuple(p.shape)}")
             self.state[p] |= {name: x.to(p.device, copy=True) for name, x in found.items()}

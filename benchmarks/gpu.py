@@ -57,7 +57,9 @@ def main() -> None:
     add("--out", type=Path, default=Path(now), help="folder of report and runs [runs/gpu-DATE]")
     add("--patience", type=cli.count, default=300, help="seconds a command may take [300]")
     args = p.parse_args()
-    device, _, _ = engine.start_processes(args.device)
+    device = torch.device(args.device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        cli.fail(f"--device {args.device}: no CUDA devices found here; run it where there is one")
     files.make_folder(args.out)
     report = args.out / "report.txt"
     text = f"torch {torch.__version__}\n"
@@ -74,5 +76,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with cli.one_line_errors("take a smaller --model or batch"):
+    with cli.one_line_errors("ask for less"):
         main()

@@ -63,5 +63,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with cli.one_line_errors("take a smaller --model or batch"):
+    with cli.one_line_errors("ask for less"):
         main()

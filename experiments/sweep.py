@@ -273,9 +273,12 @@ def prepare(args: argparse.Namespace) -> None:
             cli.fail(f"--work {args.work} has runs with {found}")
     files.make_folder(args.work)
     files.write_atomically(kept, lambda temporary: temporary.write_text(json.dumps(facts)))
-    if others := {x for x in images.rglob("*") if x.is_symlink()} - set(links):
+    had = {x for x in images.rglob("*") if x.is_symlink()}
+    # others, or with the first run begun more: not what that was trained on
+    if had - set(links) or ((args.work / "tune").exists() and had and had != set(links)):
+        others = min(had ^ set(links))
         where = f"--work {args.work} has links to images that are no longer the same part of --data"
-        cli.fail(f"{where}, as {min(others)}; name another folder")
+        cli.fail(f"{where}, as {others}; name another folder")
     for place, target in links.items():
         place.parent.mkdir(parents=True, exist_ok=True)
         if not os.path.lexists(place):
@@ -360,8 +363,9 @@ def probe_rows(args: argparse.Namespace, cell: list, start: str) -> list[list]:
     """mIoU in percent, from what `eval_dense.py segment` wrote of the runs whose name starts so."""
     rows = []
     for blocks in PROBES:
-        paths = args.work.glob(f"{start}*/{blocks}/segment.json")
-        if scores := [json.loads(path.read_text())["results"].values() for path in paths]:
+        paths = [folder / blocks / "segment.json" for folder in runs(args.work, start)]
+        read = [json.loads(path.read_text()) for path in paths if path.exists()]
+        if scores := [record["results"].values() for record in read]:
             # of the commonest class everywhere, of the backbone, of the same before training
             one_class, trained, untrained = ([x["miou"] for x in kind] for kind in zip(*scores))
             ends = [f"{mean(x):.1f}" for x in (untrained, one_class)]

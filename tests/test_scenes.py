@@ -131,7 +131,7 @@ def test_bad_folders_end_in_one_line(what, root, capsys):
     else:
         damaged = image if what == "image" else mask
         damaged.write_text("this is no image")
-        expected = f"cannot read image {damaged}"
+        expected = f"cannot read {what} {damaged}"
     done = refused(capsys, scenes.folder_scenes, root, "train", True)
     assert_fails_in_one_line(done, expected)
 

@@ -244,12 +244,13 @@ def test_the_held_back_part_is_every_fifth_training_image_by_links(stubbed, imag
     assert originals("tune/train") == kept
 
 
-def test_images_added_later_do_not_move_what_was_held_back(stubbed, tmp_path, image_root):
+@pytest.mark.parametrize("name", ["0.png", "zz.png"])
+def test_images_added_later_do_not_move_what_was_held_back(name, stubbed, tmp_path, image_root):
     """The first in order, it would make of the second the first: held back, and trained on."""
     shutil.copytree(image_root, tmp_path / "data")
     stubbed.run("--data", tmp_path / "data", "--arms", "residual")
     some = next((tmp_path / "data/train/class0").iterdir())
-    shutil.copy(some, some.with_name("0.png"))
+    shutil.copy(some, some.with_name(name))
     done = stubbed.end("--data", tmp_path / "data", "--arms", "residual")
     assert_fails_in_one_line(done, "links to images that are no longer the same part of --data")
 

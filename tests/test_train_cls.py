@@ -433,8 +433,10 @@ def test_a_finished_run_resumed_mends_its_log_and_one_resumed_elsewhere_is_whole
     log.write_text(whole.splitlines(keepends=True)[0])
     left = tmp_path / "run/last.pt.123.tmp"  # by a process that was killed as it wrote
     left.touch()
+    (tmp_path / "run/notes.tmp").touch()  # not ours
     run_main(train_cls.main, ["--resume", "run/last.pt"], tmp_path, monkeypatch)
     assert log.read_text() == whole and not left.exists()
+    assert (tmp_path / "run/notes.tmp").exists()
     words = ["--resume", "run/last.pt", "--out", "new"]
     run_main(train_cls.main, words, tmp_path, monkeypatch)
     assert_equal_runs(load(tmp_path / "run/last.pt"), load(tmp_path / "new/last.pt"))
@@ -447,7 +449,8 @@ def test_a_full_disk_ends_a_run_in_one_line_its_workers_too(image_root, tmp_path
     command = (
         f"ulimit -f 100; exec {sys.executable} {ROOT}/train_cls.py {' '.join(map(str, words))}"
     )
-    how = dict(cwd=tmp_path, env=script_environment(), capture_output=True, text=True, timeout=60)
+    environment = script_environment() | {"PYTHONDONTWRITEBYTECODE": "1"}  # cut short, for good
+    how = dict(cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
     done = subprocess.run(["bash", "-c", command], **how)
     assert_fails_in_one_line(done, "cannot write run/last.pt .*; what it held before is kept")
     assert {f.name for f in (tmp_path / "run").iterdir()} == {".lock", "log.jsonl"}
@@ -470,7 +473,7 @@ with cli.one_line_errors("-"):
     train_cls.main()
 """
     (tmp_path / "broken.py").write_text(code)
-    how = dict(cwd=tmp_path, env=script_environment(), capture_output=True, text=True, timeout=60)
+    how = dict(cwd=tmp_path, env=script_environment(), capture_output=True, text=True, timeout=200)
     for kind, said in (
         ("hang", "error: loading images: DataLoader timed out"),
         ("x", "Error: a m"),
