@@ -76,26 +76,31 @@ def open_rgb(path: str) -> Image.Image:
 LOOKED_THROUGH = 20_000  # images; with more every start would take long if each were looked at
 
 
+def image_sizes(paths: list[str]) -> list[tuple[int, int]]:
+    """(height, width) of images; the first unreadable one ends the program."""
+
+    def size(path: str) -> tuple[int, int] | str:
+        try:
+            return open_rgb(path).size[::-1]
+        except BadInput as error:
+            return str(error)
+
+    sizes = []
+    with ThreadPoolExecutor(CORES) as pool:  # each may hold a very large image
+        for found in progress(pool.map(size, paths), "checking images", total=len(paths)):
+            if isinstance(found, str):
+                pool.shutdown(cancel_futures=True)
+                fail(found)
+            sizes.append(found)
+    return sizes
+
+
 def check_images(paths: list[str]) -> None:
     """End the program at the first unreadable image, before training has begun.
 
     Of more than `LOOKED_THROUGH` a sample; another that is damaged stops the run when it is met.
     """
-    if len(paths) > LOOKED_THROUGH:
-        paths = paths[:: len(paths) // 2000]
-
-    def problem(path: str) -> str | None:
-        try:
-            open_rgb(path)
-        except BadInput as error:
-            return str(error)
-
-    with ThreadPoolExecutor(CORES) as pool:  # each may hold a very large image
-        found = pool.map(problem, paths)
-        for message in progress(found, "checking images", total=len(paths)):
-            if message:
-                pool.shutdown(cancel_futures=True)
-                fail(message)
+    image_sizes(paths[:: len(paths) // 2000] if len(paths) > LOOKED_THROUGH else paths)
 
 
 def image_folder(root: str, split: str) -> ImageFolder:

@@ -4,7 +4,6 @@ import functools
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 
@@ -17,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from cli import fail
+from cli import fail, mute
 from minskip import ViT
 from soap import SOAP, kept_of
 
@@ -26,28 +25,38 @@ from soap import SOAP, kept_of
 # --------------------------------------------------------------------------------------------------
 
 
-def start_processes(device_name: str) -> tuple[torch.device, int, int]:
-    """(device, rank, world size). Joins a process group only when launched by torchrun.
+def launched() -> bool:
+    """By torchrun, or as it does it."""
+    return {"RANK", "MASTER_ADDR"} <= os.environ.keys()
 
-    device_name: "auto" (CUDA if there is any, else the CPU), "cpu", "cuda" or "cuda:1".
-    Ends the program when CUDA is asked for and absent.
+
+def chosen_device(device_name: str) -> torch.device:
+    """device_name: "auto" (CUDA if there is any, else the CPU), "cpu", "cuda" or "cuda:1".
+
+    Ends the program when CUDA is asked for and absent; takes nothing of the device yet.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device_name):
         fail(f"--device {device_name!r} is not known here; use auto, cpu, cuda or cuda:N")
     device = torch.device("cpu" if device_name == "auto" else device_name)
     if device_name == "auto" and torch.cuda.is_available():
         device = torch.device("cuda")
-    launched = {"RANK", "MASTER_ADDR"} <= os.environ.keys()
+    if device.type == "cpu":
+        return device
+    found = torch.cuda.device_count()
+    number = int(os.environ.get("LOCAL_RANK", 0)) if launched() else device.index or 0
+    if number >= found:
+        asked = "--nproc-per-node" if launched() and found else f"--device {device_name}"
+        fail(f"{asked}: {found or 'no'} CUDA devices found here; use --device cpu or auto")
+    return torch.device("cuda", number)
+
+
+def start_processes(device_name: str) -> tuple[torch.device, int, int]:
+    """(device, rank, world size). Joins a process group only when launched by torchrun."""
+    device = chosen_device(device_name)
     if device.type == "cuda":
-        found = torch.cuda.device_count()
-        number = int(os.environ.get("LOCAL_RANK", 0)) if launched else device.index or 0
-        if number >= found:
-            asked = "--nproc-per-node" if launched and found else f"--device {device_name}"
-            fail(f"{asked}: {found or 'no'} CUDA devices found here; use --device cpu or auto")
-        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.fp32_precision = "tf32"  # but for SOAP's factors
-    if not launched:
+    if not launched():
         return device, 0, 1
     # The others wait while the first process looks through the images: minutes, of a large set.
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -85,7 +94,7 @@ def say(text: str) -> None:
         try:
             print(text, flush=True)
         except OSError:  # piped into head, or the terminal is gone; from now on into nothing
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            mute()
 
 
 def progress(items, title: str, **more) -> tqdm:

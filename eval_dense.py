@@ -303,7 +303,7 @@ def load_scenes(args: argparse.Namespace, *splits: str) -> list[scenes.Scenes]:
         return [scenes.synthetic_scenes(*SYNTHETIC[split], side) for split in splits]
     root = Path(args.data)
     with_masks = args.command == "segment" or not (root / "boxes.tsv").is_file()
-    folders = dict(train="train", reported="test" if (root / "test").is_dir() else "val")
+    folders = dict(train="train", reported=scenes.reported_split(root))
     return [scenes.folder_scenes(root, folders[split], with_masks) for split in splits]
 
 

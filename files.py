@@ -125,7 +125,8 @@ def load_checkpoint(path: str, script: str | None = None) -> dict:
         fail(f"checkpoint {path} was not written by this version of minskip; use one of its own")
     if script is not None and content.get("script") != script:
         fail(f"checkpoint {path} was written by {content.get('script')}, not by {script}")
-    for name, kind in (PARTS | dict(ema=dict) if content.get("ema") else PARTS).items():
+    parts = PARTS if content.get("ema") is None else PARTS | dict(ema=dict)
+    for name, kind in parts.items():
         value = content.get(name)
         if not isinstance(value, kind) or (kind is int and value < 0):
             fail(f"checkpoint {path} is damaged: it has no {name}; use another")

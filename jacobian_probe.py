@@ -41,7 +41,7 @@ import jacobians
 import networks
 import pictures
 from data import augmentations, image_folder, normalise
-from jacobians import CONDITIONS, LARGEST, condition_number
+from jacobians import CONDITIONS, LARGEST, apjn, condition_number
 from minskip import PRESETS, Block, ViT
 from shapes import draw_shapes
 from theory import theory_of
@@ -68,20 +68,6 @@ def gradient_norms(model: ViT, tokens: list[Tensor], labels: Tensor) -> dict[str
     gradients = torch.autograd.grad(loss, [x for xs in by.values() for x in xs], retain_graph=True)
     norms = iter(gradients)
     return {key: [next(norms).norm().item() for _ in xs] for key, xs in by.items()}
-
-
-def apjn(tokens: list[Tensor], probes: int = 2) -> list[float]:
-    """J^{L,l} = E ||d h^L / d h^l||_F^2 / (n d) for l = 0 .. L, averaged over the images.
-
-    One backward pass a probe gives every l: with v of random signs, E ||J^T v||^2 = ||J||_F^2.
-    """
-    totals = [0.0] * len(tokens)
-    for _ in range(probes):
-        v = torch.randint(0, 2, tokens[-1].shape, device=tokens[-1].device) * 2.0 - 1
-        gradients = torch.autograd.grad(tokens[-1], tokens, v.to(tokens[-1]), retain_graph=True)
-        for i, g in enumerate(gradients):
-            totals[i] += g.square().mean().item() / probes
-    return totals
 
 
 @torch.no_grad()

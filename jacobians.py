@@ -2,7 +2,7 @@
 
 A skipless network multiplies factors K, a residual one K + I. K is taken at the sub-block's
 LayerNorm's output: at its input it has two exact zero singular values a token, and kappa is
-infinite.
+infinite. The size of J is the averaged partial Jacobian norm.
 
 Small ones (n d <= DENSE_LIMIT, n tokens of width d) are formed whole and kappa, the condition
 number, is exact; of larger K products with vectors give a lower bound.
@@ -187,6 +187,20 @@ def conditioning(block: Block, x: Tensor) -> dict[str, float]:
     for J in (K, K + torch.eye(K.shape[-1]).to(K)):
         kappas.append(condition_number(torch.linalg.svdvals(J)))  # over all tokens
     return dict(zip(CONDITIONS, kappas))
+
+
+def apjn(tokens: list[Tensor], probes: int = 2) -> list[float]:
+    """J^{L,l} = E ||d h^L / d h^l||_F^2 / (n d) for l = 0 .. L, averaged over the images.
+
+    One backward pass a probe gives every l: with v of random signs, E ||J^T v||^2 = ||J||_F^2.
+    """
+    totals = [0.0] * len(tokens)
+    for _ in range(probes):
+        v = torch.randint(0, 2, tokens[-1].shape, device=tokens[-1].device) * 2.0 - 1
+        gradients = torch.autograd.grad(tokens[-1], tokens, v.to(tokens[-1]), retain_graph=True)
+        for i, g in enumerate(gradients):
+            totals[i] += g.square().mean().item() / probes
+    return totals
 
 
 @torch.no_grad()

@@ -111,23 +111,29 @@ def fresh_arm(
     return fresh_vit(init, varied, alpha, beta, c, **shape, residual=arm == "residual")
 
 
+def load_optimizer_(optimizer: Optimizer, state: dict) -> None:
+    """optimizer.load_state_dict(state). Raises TypeError or RuntimeError where it is of another."""
+
+    def kinds() -> list[dict]:
+        return [{name: type(x) for name, x in g.items()} for g in optimizer.param_groups]
+
+    before = kinds()
+    optimizer.load_state_dict(state)
+    if kinds() != before:
+        raise TypeError("param_groups")
+    for p, kept in optimizer.state.items():
+        kept.get("exp_avg", p).view_as(p)
+
+
 def load_(target: Tensor | nn.Module | Optimizer, state, checkpoint: dict) -> None:
     """Give target the state that a checkpoint has of it, or end the program in one line."""
-
-    def kinds() -> list:
-        groups = getattr(target, "param_groups", [])  # of an optimizer
-        return [{name: type(x) for name, x in group.items()} for group in groups]
-
     try:
-        before = kinds()
         if isinstance(target, Tensor):
             target.copy_(state.view_as(target))
+        elif isinstance(target, Optimizer):
+            load_optimizer_(target, state)
         else:
             target.load_state_dict(state)
-        if kinds() != before:
-            raise TypeError("param_groups")
-        for p, kept in target.state.items() if before else ():
-            kept.get("exp_avg", p).view_as(p)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a state that nobody saved makes it stumble over

@@ -29,6 +29,12 @@ from engine import (
 )
 
 
+def of_numbers(row) -> bool:
+    """Whether it is a row of a log: numbers, or None, by name."""
+    kinds = (int, float, type(None))
+    return isinstance(row, dict) and all(type(x) in kinds for x in row.values())
+
+
 class Run:
     """A training loop's surroundings, so that the loop shows the method alone:
 
@@ -214,19 +220,18 @@ class Run:
             say("        numbers for MixUp, CutMix and drop-path than in an uninterrupted run")
         for name, x in self.kept.items():
             networks.load_(x, checkpoint.get(name), checkpoint)
-        self.epoch, self.step, self.sums = (checkpoint[x] for x in ("epoch", "step", "sums"))
+        self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
         self.seconds, self.history = checkpoint["seconds"], checkpoint["history"]
-        numbers = all(
-            isinstance(row, dict) and {type(x) for x in row.values()} <= {int, float, type(None)}
-            for row in [*self.history, self.sums]
-        )
-        last = self.history[-1] if numbers and self.history else dict(epoch=0)
-        whole = self.epoch == 0 or self.panels.keys() | {"minutes"} <= last.keys()
+        needed = self.panels.keys() | {"minutes"} if self.epoch else set()
+        last = self.history[-1] if self.history else dict(epoch=0)
         if not (
-            numbers and whole and last.get("epoch") == self.epoch and self.step < len(self.batches)
+            all(map(of_numbers, [*self.history, checkpoint["sums"]]))
+            and last.get("epoch") == self.epoch
+            and needed <= last.keys()
+            and self.step < len(self.batches)
         ):
             fail(f"checkpoint {self.args.resume} is damaged: its history is not of its epochs")
-        self.sums = {k: torch.tensor(v, device=self.device) for k, v in self.sums.items()}
+        self.sums = {k: torch.tensor(v, device=self.device) for k, v in checkpoint["sums"].items()}
 
     # ---- what a person reads ---------------------------------------------------------------------
 

@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from cli import fail
-from data import check_images, decoding, open_rgb
+from data import decoding, image_sizes, open_rgb
 from engine import progress
 from shapes import draw_shapes
 
@@ -62,18 +62,14 @@ def read_mask(path: Path, size: Size) -> Tensor:
 
 def image_files(paths: list[Path]) -> Scenes:
     """Images without masks, checked now, and each read when it is asked for."""
-    names, sizes = [str(path) for path in paths], []
-    check_images(names)
-    for path in paths:
-        with decoding(path), Image.open(path) as image:
-            lying = image.getexif().get(ExifTags.Base.Orientation) in (
-                5,
-                6,
-                7,
-                8,
-            )  # then it is turned
-            sizes.append(image.size if lying else image.size[::-1])
+    names = [str(path) for path in paths]
+    sizes = image_sizes(names)
     return Scenes(names, lambda i: pil_to_tensor(open_rgb(names[i])), sizes, None)
+
+
+def reported_split(root: Path) -> str:
+    """The split that figures are of: test, where there is one, else val."""
+    return "test" if (root / "test").is_dir() else "val"
 
 
 def folder_scenes(root: Path, split: str, with_masks: bool) -> Scenes:

@@ -57,9 +57,7 @@ def main() -> None:
     add("--out", type=Path, default=Path(now), help="folder of report and runs [runs/gpu-DATE]")
     add("--patience", type=cli.count, default=300, help="seconds a command may take [300]")
     args = p.parse_args()
-    device = torch.device(args.device)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        cli.fail(f"--device {args.device}: no CUDA devices found here; run it where there is one")
+    device = engine.chosen_device(args.device)  # which the commands take, one by one
     files.make_folder(args.out)
     report = args.out / "report.txt"
     text = f"torch {torch.__version__}\n"

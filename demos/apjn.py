@@ -27,7 +27,7 @@ import engine
 import files
 import pictures
 import theory
-from jacobian_probe import apjn
+from jacobians import apjn
 from minskip import ViT
 from variants import vary_
 

@@ -45,6 +45,7 @@ import files
 import networks
 import pictures
 from data import image_folders
+from scenes import reported_split
 
 ROOT = Path(cli.__file__).parent
 METRICS = {"train_cls.py": "top1", "train_ssl.py": "knn"}
@@ -449,13 +450,10 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
             cli.fail(f"{word} behind -- is for the sweep to set; leave it out")
     if not (args.data or args.table):
         cli.fail("--data is needed, a folder with train/<class>/* and val/<class>/*; or --table")
-    if args.camvid:
-        reported = "test" if (args.camvid / "test").is_dir() else "val"
-        for part in (
-            f"{split}/{kind}" for split in ("train", reported) for kind in ("images", "masks")
-        ):
-            if not (args.camvid / part).is_dir():
-                cli.fail(f"--camvid {args.camvid}: no folder {part} in it")
+    for split in ("train", reported_split(args.camvid)) if args.camvid else ():
+        for kind in ("images", "masks"):
+            if not (args.camvid / split / kind).is_dir():
+                cli.fail(f"--camvid {args.camvid}: no folder {split}/{kind} in it")
     return args
 
 

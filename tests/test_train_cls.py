@@ -456,7 +456,7 @@ def test_a_full_disk_ends_a_run_in_one_line_its_workers_too(image_root, tmp_path
     assert {f.name for f in (tmp_path / "run").iterdir()} == {".lock", "log.jsonl"}
 
 
-def test_a_loader_that_hangs_and_a_mistake_of_ours_both_end(image_root, tmp_path, monkeypatch):
+def test_a_loader_that_hangs_and_a_mistake_of_ours_both_end(image_root, tmp_path):
     """Workers heed no SIGTERM, with which multiprocessing would end them, waiting for ever."""
     words = ["--data", str(image_root), *SMALL, "--workers", "1", "--out"]
     code = """
@@ -685,6 +685,7 @@ DAMAGED = {
     "optimizer": (lambda c: dict(optimizer={}), "damaged"),
     "moments": (lambda c: dict(optimizer=with_moment(c, torch.zeros(7))), "damaged"),
     "averages": (lambda c: dict(ema=[1]), "it has no ema"),
+    "no averages": (lambda c: dict(ema=torch.ones(3)), "it has no ema"),
     "a basis": (lambda c: dict(optimizer=with_moment(c, torch.zeros(3), "basis_L")), "damaged"),
     "a rate": (lambda c: dict(optimizer=with_rate(c, [])), r"damaged \(TypeError"),
     "history": (lambda c: dict(history=[]), "its history is not of its epochs"),
