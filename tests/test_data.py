@@ -4,12 +4,15 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 
 import numpy as np
 import pytest
 import torch
+from conftest import script_environment
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
@@ -137,6 +140,22 @@ def test_what_the_machine_lacks_is_said_in_one_line(error, words, capsys):
         raise error
     message = capsys.readouterr().err
     assert message.startswith(f"error: {words}") and message.count("\n") == 1
+
+
+def test_a_reader_that_has_left_is_told_and_no_traceback_follows(tmp_path):
+    """As `head` does: Python would write what is left once more as it ends."""
+    (tmp_path / "talks.py").write_text(
+        "import cli\nwith cli.one_line_errors('-'):\n    for _ in range(10**6): print('x' * 100)\n"
+    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(
+        [sys.executable, "talks.py"], cwd=tmp_path, env=script_environment(), **pipes
+    ) as talks:
+        talks.stdout.readline()
+        talks.stdout.close()
+        said = talks.stderr.read()
+    assert talks.returncode == 1
+    assert said == "error: the reader of the output has left, or a process has ended\n"
 
 
 class Wrong(Shapes):

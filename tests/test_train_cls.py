@@ -690,6 +690,10 @@ DAMAGED = {
     "a rate": (lambda c: dict(optimizer=with_rate(c, [])), r"damaged \(TypeError"),
     "history": (lambda c: dict(history=[]), "its history is not of its epochs"),
     "a row": (lambda c: dict(history=[*c["history"][:1], dict(epoch=2, top1="x")]), "its history"),
+    "half a row": (
+        lambda c: dict(history=[*c["history"][:1], dict(epoch=2)]),
+        "its history is not",
+    ),
     "step": (lambda c: dict(step=10**9), "its history is not of its epochs"),
     "settings": (lambda c: dict(args=without(c["args"], "lr")), "damaged: no setting lr"),
     "size": (lambda c: dict(args=c["args"] | dict(image_size=24)), "another image_size than its"),
