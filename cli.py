@@ -33,11 +33,6 @@ def fail(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
-def mute() -> None:
-    """From now on print into nothing: nobody reads it any more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 class Parser(argparse.ArgumentParser):
     """Its help is as written, its flags are not abbreviated, and a mistake ends in one line."""
 
@@ -82,7 +77,6 @@ def one_line_errors(memory_advice: str) -> Iterator[None]:
     except BadInput as error:  # a loader's process puts its traceback before the message
         fail(str(error).strip().splitlines()[-1].split("BadInput: ")[-1])
     except BrokenPipeError:  # into head, say
-        mute()  # for Python's last flush
         fail("the reader of the output has left, or a process has ended", code=1)
     except OSError as error:  # no permission, a name too long, a disk that is full or gone
         if error.filename is None:
