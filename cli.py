@@ -29,7 +29,7 @@ FREE_TO_CHANGE = {
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """End the program with one line on stderr: what is wrong, where, and what to do about it."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -62,7 +62,7 @@ def one_line_errors(memory_advice: str) -> Iterator[None]:
         text = str(error)
         lines = text.strip().splitlines() or [""]
         if any(x in text for x in ("DataLoader worker (pid", "DataLoader timed out", "(shm)")):
-            said = lines[-1 if text.startswith("Caught") else 0].strip()
+            said = lines[-1 if text.startswith("Caught") else 0].split("RuntimeError: ")[-1].strip()
             fail(
                 f"loading images: {said}; usually memory, or a small /dev/shm: use fewer "
                 "--workers, or 0",

@@ -133,6 +133,9 @@ def load_(target: Tensor | nn.Module | Optimizer, state, checkpoint: dict) -> No
         elif isinstance(target, Optimizer):
             load_optimizer_(target, state)
         else:
+            kinds = {name: x.dtype for name, x in target.state_dict().items()}
+            if {name: x.dtype for name, x in state.items()} != kinds:  # it would be converted
+                raise TypeError("dtype")
             target.load_state_dict(state)
     except torch.OutOfMemoryError:
         raise

@@ -1,9 +1,5 @@
 """Seeded loading, augmentation and image files."""
 
-import os
-import re
-import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -83,47 +79,9 @@ def test_an_image_is_turned_as_its_tag_says(tmp_path):
     assert np.array_equal(np.asarray(open_rgb(str(tmp_path / "image.png"))), turned)
 
 
-def test_a_pipe_named_like_an_image_does_not_hang(tmp_path):
-    os.mkfifo(tmp_path / "a.png")
-    with pytest.raises(BadInput, match=rf"cannot read image {tmp_path}/a.png \(a pipe\)"):
-        open_rgb(str(tmp_path / "a.png"))
-
-
-@pytest.mark.parametrize(
-    "links", [{"class0/up": "."}, {"class0/x": "class1", "class1/y": "class0"}]
-)
-def test_two_ways_to_one_folder_are_refused(links, image_root, tmp_path, capsys):
-    """They would put other classes' images under this one's label, or never end."""
-    for split in ("train", "val"):
-        shutil.copytree(image_root / split, tmp_path / split)
-    (tmp_path / "elsewhere").symlink_to(image_root)  # links to others are fine
-    (tmp_path / "train/class5").symlink_to(image_root / "train/class0")
-    assert len(data_module.image_folder(str(tmp_path), "train").classes) == 6
-    for link, target in links.items():
-        (tmp_path / "train" / link).symlink_to(tmp_path / "train" / target)
-    with pytest.raises(SystemExit):
-        data_module.image_folder(str(tmp_path), "train")
-    message = capsys.readouterr().err
-    assert re.search(r"train/class\S+ is the same folder as \S+; remove one of the links", message)
-
-
-class Killed(Shapes):
-    """Its worker is killed, as the system does where memory is short."""
-
-    def __getitems__(self, indices):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_killed_worker_ends_the_program_in_one_line(capsys):
-    batches = Batches(8, 4, seed=0, shuffle=True)
-    data = Killed("train", 8, 16)
-    loader = make_loader(data, v2.Identity(), batches, 1, torch.device("cpu"))
-    with pytest.raises(SystemExit) as stop, one_line_errors("-"):
-        next(iter(loader))
-    assert stop.value.code == 1
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    assert re.match(r"error: loading images: DataLoader worker .* fewer --workers, or 0", message)
+def test_links_to_other_folders_are_followed(image_root, tmp_path):
+    (tmp_path / "train").symlink_to(image_root / "train")
+    assert len(data_module.image_folder(str(tmp_path), "train")) == 60
 
 
 @pytest.mark.parametrize(
@@ -131,10 +89,8 @@ def test_a_killed_worker_ends_the_program_in_one_line(capsys):
     [
         (MemoryError("65 GB"), "out of memory (65 GB); use less"),
         (PermissionError(13, "Permission denied", "/root/x"), "/root/x: Permission denied"),
-        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTraceback:\n unable to "
-         "allocate shared memory(shm) for file </torch_1>"), "loading images: unable to allocate"),
     ],
-)  # fmt: skip
+)
 def test_what_the_machine_lacks_is_said_in_one_line(error, words, capsys):
     with pytest.raises(SystemExit), one_line_errors("use less"):
         raise error

@@ -502,10 +502,13 @@ def test_features_are_half_precision_maps_of_the_blocks_side_by_side():
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """A folder with runs/a/last.pt, runs/mean/last.pt and scenes/."""
+    """A folder with runs/a/last.pt, runs/mean/last.pt, nan.pt and scenes/."""
     folder = tmp_path_factory.mktemp("dense")
     save(folder / "runs/a/last.pt", network())
     save(folder / "runs/mean/last.pt", network(pool="mean", residual=True))
+    broken = network()
+    broken.head.bias[0] = float("nan")
+    save(folder / "nan.pt", broken)
     make_scenes(folder / "scenes")
     return folder
 
@@ -724,19 +727,52 @@ BAD_FLAGS = {
     "segment {a} --data {root} --image-size 8": "--image-size 8 8 is one patch of a",
     "discover {a} --data {root} --out /proc/self --ignore 11": "cannot write into this folder",
     "picture {a} --out {image}": "cannot write into this folder",
-    "segment {a} --data {root} --ignore 0": "--ignore 0|id 11",
+    "segment {nan}": "nan.pt holds weights that are not finite",
+    "discover {nan}": "nan.pt holds weights that are not finite",
+    "picture {nan}": "nan.pt holds weights that are not finite",
 }
 
 
 @pytest.mark.parametrize("flags", BAD_FLAGS)
 def test_bad_flags_end_in_one_line(flags, here, tmp_path, monkeypatch, capsys):
-    root = here / "scenes"
-    if "ignore 0" in flags:
-        for file in (root := make_scenes(tmp_path / "s")).glob("train/masks/*"):
-            Image.fromarray(np.array(Image.open(file)) % 11).save(file)
-    image = root / "test/images/0.png"
-    words = flags.format(a=here / "runs/a/last.pt", root=root, image=image).split()
+    root, image = here / "scenes", here / "scenes/test/images/0.png"
+    files = dict(a=here / "runs/a/last.pt", nan=here / "nan.pt", root=root, image=image)
+    words = flags.format(**files).split()
     words += [] if "--out" in flags else ["--out", "o"]
     done = run_here(eval_dense.main, words, tmp_path, monkeypatch, capsys)
     assert_fails_in_one_line(done, BAD_FLAGS[flags])
     assert not (tmp_path / "o").exists()  # nothing was begun
+
+
+def test_a_line_of_boxes_that_is_none_ends_in_one_line(here, tmp_path, monkeypatch, capsys):
+    root = make_scenes(tmp_path / "scenes")
+    (root / "boxes.tsv").write_bytes(b"test/images/0\xe4.png\t0\t0\t5\t5")  # nor is it UTF-8
+    words = ["discover", here / "runs/a/last.pt", "--data", root]
+    done = run_here(eval_dense.main, words, tmp_path, monkeypatch, capsys)
+    assert_fails_in_one_line(done, "boxes.tsv, line 1: .*expected a file of ROOT, x0, y0, x1, y1")
+
+
+BAD_SCENES = {
+    "a mark": (65535, r"train/images/0.png holds id 65535, above 4095, .*--ignore 65535"),
+    "a large mark": (2**31 - 1, "holds id 2147483647, above 4095"),
+    "in test alone": (12, r"test/images/0.png holds id 12, above 11, .*--ignore 12"),
+    "the image turned": (None, r"mask .*0.png is of \(20, 30\), its image of \(30, 20\)"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_SCENES)
+def test_bad_scenes_end_in_one_line(what, here, tmp_path, monkeypatch, capsys):
+    root, (mark, said) = make_scenes(tmp_path / "scenes"), BAD_SCENES[what]
+    split = "test" if "test" in what else "train"
+    image, mask = (root / split / kind / "0.png" for kind in ("images", "masks"))
+    if mark:
+        ids = np.array(Image.open(mask)).astype(np.int32)
+        ids[0, 0] = mark
+        Image.fromarray(ids).save(mask, format="TIFF")
+    else:
+        tag = Image.Exif()
+        tag[0x0112] = 6
+        Image.open(image).save(image, exif=tag)
+    words = ["segment", here / "runs/a/last.pt", "--data", root]
+    done = run_here(eval_dense.main, words, tmp_path, monkeypatch, capsys)
+    assert_fails_in_one_line(done, said)

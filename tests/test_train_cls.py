@@ -14,6 +14,7 @@ import time
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -456,6 +457,32 @@ def test_a_full_disk_ends_a_run_in_one_line_its_workers_too(image_root, tmp_path
     assert {f.name for f in (tmp_path / "run").iterdir()} == {".lock", "log.jsonl"}
 
 
+def killed(self, keys):  # as the system does where memory is short
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def no_room(self, keys):  # what torch says of a container's small /dev/shm
+    raise RuntimeError(" unable to allocate shared memory(shm) for file </torch_1_2_3>")
+
+
+@pytest.mark.parametrize(
+    "accident, said",
+    [
+        (killed, "DataLoader worker .* (is killed by signal: Killed|exited)"),
+        (no_room, "unable to allocate"),
+    ],
+)
+def test_what_befalls_a_loaders_process_is_said_in_one_line(
+    accident, said, image_root, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(data.Seeded, "__getitems__", accident)
+    words = ["--data", image_root, *SMALL, "--workers", "1"]
+    done = run_here(train_cls.main, words, tmp_path, monkeypatch, capsys)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    advice = r"usually memory, or a small /dev/shm: use fewer --workers, or 0"
+    assert re.match(rf"error: loading images: {said}.*; {advice}", done.stderr)
+
+
 def test_a_loader_that_hangs_and_a_mistake_of_ours_both_end(image_root, tmp_path):
     """Workers heed no SIGTERM, with which multiprocessing would end them, waiting for ever."""
     words = ["--data", str(image_root), *SMALL, "--workers", "1", "--out"]
@@ -522,13 +549,37 @@ def test_weights_that_are_not_finite_are_not_evaluated(finished, tmp_path, monke
 # ---- two processes -------------------------------------------------------------------------------
 
 
+UNEVEN = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import cli, files, networks, train_cls
+
+def another(*args):
+    model = build_vit(*args)
+    torch.nn.init.ones_(model.head.weight)
+    return model
+
+def late(*args):
+    time.sleep(3)
+    return run_folder(*args)
+
+build_vit, run_folder = networks.build_vit, files.run_folder
+if os.environ["RANK"] == "1":
+    networks.build_vit, files.run_folder = another, late
+with cli.one_line_errors("-"):
+    train_cls.main()
+"""  # of two processes the second draws other weights, as on another machine, and comes late
+
+
 def test_two_processes_compute_the_gradient_of_one(image_root, tmp_path):
     """After one step AdamW's first moment is a tenth of the gradient: compare it."""
+    (tmp_path / "uneven.py").write_text(UNEVEN)
     args = ["--data", image_root, *SMALL, "--batch-size", "60", "--epochs", "1", "--opt", "adamw"]
-    args += "--warmup-epochs 0 --mixup 0 --cutmix 0 --drop-path 0 --clip-grad 0".split()
+    args += "--warmup-epochs 0 --mixup 0 --cutmix 0 --drop-path 0 --clip-grad 0 --ema 0.5".split()
     one = run_script("train_cls.py", *args, "--out", "one", cwd=tmp_path)
     args += ["--grad-accum", "3", "--out", "two"]
-    two = run_script("train_cls.py", *args, cwd=tmp_path, launcher=TWO_PROCESSES)
+    two = run_script(tmp_path / "uneven.py", *args, cwd=tmp_path, launcher=TWO_PROCESSES)
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     a, b = (load(tmp_path / name / "last.pt") for name in ("one", "two"))
     moments = [c["optimizer"]["state"] for c in (a, b)]
@@ -537,6 +588,15 @@ def test_two_processes_compute_the_gradient_of_one(image_root, tmp_path):
         assert torch.allclose(g, h, rtol=1e-3, atol=1e-6 * g.abs().max().item() + 1e-9)
     assert a["history"][0]["loss"] == pytest.approx(b["history"][0]["loss"], rel=1e-5)
     assert a["history"][0]["val_loss"] == pytest.approx(b["history"][0]["val_loss"], rel=1e-3)
+
+
+def test_two_processes_resume_into_another_folder(finished, tmp_path):
+    """Which the first has saved into before the second asks whether it holds a run already."""
+    (tmp_path / "uneven.py").write_text(UNEVEN)
+    words = ["--resume", finished[0] / "runs/a/last.pt", "--out", "moved"]
+    done = run_script(tmp_path / "uneven.py", *words, cwd=tmp_path, launcher=TWO_PROCESSES)
+    assert done.returncode == 0, done.stderr
+    assert_equal_runs(load(finished[0] / "runs/a/last.pt"), load(tmp_path / "moved/last.pt"))
 
 
 def test_what_two_processes_began_with_soap_one_goes_on_with(
@@ -698,6 +758,7 @@ DAMAGED = {
     "settings": (lambda c: dict(args=without(c["args"], "lr")), "damaged: no setting lr"),
     "size": (lambda c: dict(args=c["args"] | dict(image_size=24)), "another image_size than its"),
     "model": (lambda c: dict(model=c["model"] | {3: torch.ones(1)}), "not those of its model_conf"),
+    "integers": (lambda c: dict(model={k: x.int() for k, x in c["model"].items()}), "damaged"),
 }
 
 
@@ -735,6 +796,10 @@ BAD_FOLDERS = {
     "other classes": r"same classes; only in train: \['class1'\], only in val: \['class9'\]",
     "text": r"cannot read image .*00\.png",
     "cut short": r"cannot read image .*00\.png",
+    "fractions": r"image .*00\.tiff has 32 bits a pixel; save it with 8 or 16",
+    "pipe": r"cannot read image .*00\.png \(a pipe\); remove it",
+    "link upward": r"class1/up is the same folder as .*train; remove one of the links",
+    "links in a ring": r"is the same folder as .*; remove one of the links",
 }
 
 
@@ -756,9 +821,39 @@ def test_bad_folders_end_in_one_line(damage, tmp_path, monkeypatch, capsys):
         image.write_text("this is no image")
     elif damage == "cut short":
         image.write_bytes(image.read_bytes()[:-200])
+    elif damage == "fractions":
+        Image.open(image).convert("F").save(image.with_suffix(".tiff"))
+    elif damage == "pipe":
+        image.unlink()
+        os.mkfifo(image)
+    elif damage == "link upward":  # other classes' images under this label
+        (root / "train/class1/up").symlink_to(root / "train")
+    elif damage == "links in a ring":  # no end of them
+        (root / "train/class0/x").symlink_to(root / "train/class1")
+        (root / "train/class1/y").symlink_to(root / "train/class0")
     done = run_here(train_cls.main, ["--data", root, *SMALL], tmp_path, monkeypatch, capsys)
     assert_fails_in_one_line(done, BAD_FOLDERS[damage])
     assert not (tmp_path / "runs").exists()  # nothing was begun
+
+
+def test_the_same_pictures_stored_in_other_ways_train_the_same_network(tmp_path, monkeypatch):
+    """With 16 bits a pixel, which Pillow would clip to white, and turned as a camera's tag says."""
+    usual, other = (make_image_folder(tmp_path / name) for name in ("usual", "other"))
+    tag = Image.Exif()
+    tag[0x0112] = 6  # the stored picture's top is on the right
+    for i, path in enumerate(sorted(usual.rglob("*.png"))):
+        grey = Image.open(path).convert("L").crop((0, 0, 24, 20))
+        grey.save(path)
+        sixteen = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+        stored, more = (sixteen, {}) if i % 2 else (grey.rotate(90, expand=True), dict(exif=tag))
+        stored.save(other / path.relative_to(usual), **more)
+    for root in (usual, other):
+        words = ["--data", root, *SMALL, "--out", root / "run"]
+        run_main(train_cls.main, words, tmp_path, monkeypatch)
+    a, b = (load(root / "run/last.pt") for root in (usual, other))
+    for name, weight in a["model"].items():
+        assert torch.equal(weight, b["model"][name]), name
+    assert a["history"][-1]["val_loss"] == b["history"][-1]["val_loss"]
 
 
 def test_a_picture_that_cannot_be_written_stops_no_run_and_one_that_learned_nothing_says_so(
@@ -790,32 +885,6 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(
     words[-1] = "/proc/self"  # where nobody may write
     done = run_here(train_cls.main, words, tmp_path, monkeypatch, capsys)
     assert_fails_in_one_line(done, r"/proc/self: cannot write into this folder")
-
-
-FIRST = """
-import torch, torch.distributed as dist
-import engine
-
-def main():
-    model = torch.nn.BatchNorm1d(3)
-    assert engine.in_processes(model, torch.device("cpu")) is model  # a process alone
-    _, rank, _ = engine.start_processes("cpu")
-    torch.nn.init.constant_(model.weight, 7.0 + rank)
-    model.running_mean.fill_(5.0 + rank)
-    engine.in_processes(model, torch.device("cpu"))
-    assert model.weight.tolist() == [7.0] * 3 and model.running_mean.tolist() == [5.0] * 3
-    engine.say("the first's")
-
-main()
-dist.destroy_process_group()
-"""
-
-
-def test_the_first_process_s_weights_are_all_processes_s(tmp_path):
-    """Two kinds of machine may round one draw differently."""
-    (tmp_path / "first.py").write_text(FIRST)
-    done = run_script(tmp_path / "first.py", cwd=tmp_path, launcher=TWO_PROCESSES)
-    assert done.returncode == 0 and done.stdout == "the first's\n", done.stderr
 
 
 def test_what_autograd_keeps_is_counted_and_let_go():
