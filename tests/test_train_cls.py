@@ -590,13 +590,15 @@ def test_two_processes_compute_the_gradient_of_one(image_root, tmp_path):
     assert a["history"][0]["val_loss"] == pytest.approx(b["history"][0]["val_loss"], rel=1e-3)
 
 
-def test_two_processes_resume_into_another_folder(finished, tmp_path):
-    """Which the first has saved into before the second asks whether it holds a run already."""
+def test_two_processes_resume_into_another_folder(image_root, tmp_path, monkeypatch):
+    """The first must not save into it before the second has asked whether it holds a run."""
+    words = ["--data", image_root, *SMALL, "--opt", "adamw", "--ema", "0.9", "--out", "run"]
+    run_main(train_cls.main, words, tmp_path, monkeypatch)
     (tmp_path / "uneven.py").write_text(UNEVEN)
-    words = ["--resume", finished[0] / "runs/a/last.pt", "--out", "moved"]
+    words = ["--resume", "run/last.pt", "--out", "moved"]
     done = run_script(tmp_path / "uneven.py", *words, cwd=tmp_path, launcher=TWO_PROCESSES)
     assert done.returncode == 0, done.stderr
-    assert_equal_runs(load(finished[0] / "runs/a/last.pt"), load(tmp_path / "moved/last.pt"))
+    assert_equal_runs(load(tmp_path / "run/last.pt"), load(tmp_path / "moved/last.pt"))
 
 
 def test_what_two_processes_began_with_soap_one_goes_on_with(
@@ -742,6 +744,7 @@ def test_settings_in_a_checkpoint_are_checked_like_flags(
 
 
 DAMAGED = {
+    "script": (lambda c: dict(script="train\ncls"), "was written by train cls, not by train_cls"),
     "optimizer": (lambda c: dict(optimizer={}), "damaged"),
     "moments": (lambda c: dict(optimizer=with_moment(c, torch.zeros(7))), "damaged"),
     "averages": (lambda c: dict(ema=[1]), "it has no ema"),
