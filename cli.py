@@ -275,11 +275,7 @@ def stored_settings(p: argparse.ArgumentParser, demo: dict, checkpoint: dict) ->
             words.append(flag if value is True else f"{flag}={value}")
     if lacking := demo.keys() - stored.keys() - {"resume", "eval"}:
         p.error(f"no setting {min(lacking)}")
-    settings = demo | stored | vars(p.parse_args(words))
-    config = checkpoint["model_config"]
-    if others := [name for name in config if settings.get(name, config[name]) != config[name]]:
-        p.error(f"its network has another {others[0]} than its settings")
-    return settings
+    return demo | stored | vars(p.parse_args(words))
 
 
 def layered(*layers: dict) -> dict:

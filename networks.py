@@ -51,8 +51,8 @@ def initialise_(model: ViT, init: str, alpha: float, beta: float, c: float) -> V
 
 
 def vit_of(checkpoint: dict) -> ViT:
-    """The network of a checkpoint, its weights yet to come; a shape that is not theirs ends the
-    program before memory is taken for it."""
+    """The network of a checkpoint, its weights yet to come; a shape that is not theirs, or not
+    that of the settings, ends the program before memory is taken for it."""
 
     def build(config: dict) -> ViT:
         varied = differing(config)
@@ -63,14 +63,21 @@ def vit_of(checkpoint: dict) -> ViT:
     blocks = {str(name).split(".")[1] for name in weights if str(name).startswith("blocks.")}
     if config.get("depth") != len(blocks) or not isinstance(config.get("residual"), bool):
         fail(damaged)
+    asked = config | checkpoint["args"]
     try:
         with torch.device("meta"):
-            expected = {name: x.shape for name, x in build(config).state_dict().items()}
+            net = build(config)
+        expected = {name: x.shape for name, x in net.state_dict().items()}
         found = {name: x.shape for name, x in weights.items()}
+        others = [k for k, x in net.config.items() if k not in config or asked[k] != x]
     except Exception as error:  # whatever a config that nobody wrote makes a constructor say
-        fail(f"{damaged} ({type(error).__name__}: {str(error).splitlines()[0]})")
+        fail(f"{damaged} ({type(error).__name__}: {error})")
     if found != expected:
         fail(damaged)
+    if differing(asked) != differing(config) or asked.get("skipless") is config["residual"]:
+        others.append("kind of blocks")
+    if others:
+        fail(f"checkpoint {path} is damaged: its network has another {others[0]} than its settings")
     return build(config)
 
 

@@ -761,6 +761,15 @@ DAMAGED = {
     "settings": (lambda c: dict(args=without(c["args"], "lr")), "damaged: no setting lr"),
     "size": (lambda c: dict(args=c["args"] | dict(image_size=24)), "another image_size than its"),
     "model": (lambda c: dict(model=c["model"] | {3: torch.ones(1)}), "not those of its model_conf"),
+    "skips": (
+        lambda c: dict(model_config=c["model_config"] | dict(residual=True)),
+        "of blocks than",
+    ),
+    "no tat": (lambda c: dict(args=c["args"] | dict(activation="tat")), "of blocks than its sett"),
+    "no std": (
+        lambda c: dict(model_config=without(c["model_config"], "pos_embed_std")),
+        "another pos_embed_std than its settings",
+    ),
     "integers": (lambda c: dict(model={k: x.int() for k, x in c["model"].items()}), "damaged"),
 }
 
