@@ -122,6 +122,10 @@ def count_or_0(text: str) -> int:
     return checked(text, int, lambda x: 0 <= x < 2**32, "lie in 0 .. 2^32 - 1")
 
 
+def processes(text: str) -> int:
+    return checked(text, int, lambda x: 0 <= x <= 256, "lie in 0 .. 256")  # more fill the machine
+
+
 # --------------------------------------------------------------------------------------------------
 # The trainers' flags
 # --------------------------------------------------------------------------------------------------
@@ -246,7 +250,7 @@ def trainer_flags(description: str, demo: dict, folder: dict, skipless: dict):
     add("--patch-size", "side of a patch, pixels; halving it makes four times the tokens", count)
     add("--depth", "number of blocks [the model's]", count)
     add("--drop-path", "stochastic depth of the last block; only with skips", share)
-    add("--workers", "processes that load images", count_or_0)
+    add("--workers", "processes that load images, up to 256", processes)
     add("--compile", "torch.compile: faster after minutes of compiling", action="store_true")
     add("--amp", "bf16 autocast; auto: on GPUs that support it", choices=["auto", "bf16", "off"])
     add("--device", "auto, cpu, cuda or cuda:N")

@@ -685,6 +685,7 @@ BAD_FLAGS = {
     "--resume {done}/runs/a/last.pt --out {done}/runs/b": "holds a run already",
     "--data {root} --ema 1": r"--ema: must lie in \[0, 1\)",
     "--data {root} --seed 4294967296": "must lie in 0 .. 2",
+    "--data {root} --workers 257": r"--workers: must lie in 0 \.\. 256",
     "--data {root} --out {done}/runs/a": "holds a run already",
     "--resume nowhere.pt": "nowhere.pt: no such file",
     "--resume {done}/runs/a": r"no such file; .*runs/a/last.pt\?",
