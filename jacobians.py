@@ -108,12 +108,10 @@ def condition_number(singular: Tensor) -> float:
     return min(largest / smallest, LARGEST) if smallest > 0 else LARGEST
 
 
-def orthogonalised(x: Tensor, basis: list[Tensor]) -> Tensor:
-    """x less its part in the span of orthonormal vectors; one pass leaves rounding, two do not."""
-    if basis:
-        Q = torch.stack(basis)
-        for _ in range(2):
-            x = x - (Q @ x) @ Q
+def orthogonalised(x: Tensor, Q: Tensor) -> Tensor:
+    """x less its part in the span of Q's orthonormal rows; one pass leaves rounding, two do not."""
+    for _ in range(2):
+        x = x - (Q @ x) @ Q
     return x
 
 
@@ -125,19 +123,20 @@ def golub_kahan(
     start: any vector of the map's input. The largest is a lower bound of sigma_max, reliable after
     some ten iterations; the smallest only an *upper* bound of sigma_min.
     """
-    right, left = [start / start.norm()], []
+    right, left = (start.new_empty(iterations + 1, len(start)) for _ in range(2))
+    right[0] = start / start.norm()
     B = start.new_zeros(iterations, iterations + 1)  # bidiagonal; its square part counts
     for i in range(iterations):
-        u = orthogonalised(forward(right[-1]), left)
+        u = orthogonalised(forward(right[i]), left[:i])
         B[i, i] = u.norm()
         if B[i, i] == 0:
             break
-        left.append(u / B[i, i])
-        v = orthogonalised(adjoint(left[-1]), right)
+        left[i] = u / B[i, i]
+        v = orthogonalised(adjoint(left[i]), right[: i + 1])
         B[i, i + 1] = v.norm()
         if B[i, i + 1] <= 1e-12 * B[0, 0]:
             break
-        right.append(v / B[i, i + 1])
+        right[i + 1] = v / B[i, i + 1]
     return torch.linalg.svdvals(B[: i + 1, : i + 1])
 
 

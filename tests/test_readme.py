@@ -63,6 +63,7 @@ SHORT = {
     "init_speed.py": "--models nano --repeats 1",
     "dino_speed.py": "--model nano --batch-size 1 --repeats 2 --device cpu",
     "loading_speed.py": "--images 8 --repeats 2 --workers 0",
+    "checkpoint_speed.py": "--model nano --repeats 2 --folder {out}",
     "kappa_speed.py": "--repeats 2 --tokens 20",
     "step_speed.py": "--models tiny --steps 2 --warmup 1 --batch-size 2 --image-size 32 "
     "--device cpu",
