@@ -39,8 +39,7 @@ def printed_commands() -> list[str]:
         docstring = re.sub(r" \\\n +", " ", docstring)
         lines += re.findall(r"^ {2,}((?:python|torchrun) .*?)(?:   .*)?$", docstring, re.M)
     lines = [line.split("#")[0].strip() for line in lines]
-    lines = [line for line in lines if line and not line.startswith("git checkout")]
-    return list(dict.fromkeys(line.split("&& ")[-1] for line in lines))
+    return list(dict.fromkeys(line.split("&& ")[-1] for line in lines if line))
 
 
 # What makes a command short. A flag given twice counts as given last.
@@ -78,6 +77,7 @@ PLACEHOLDERS = {  # what stands for what in a printed command
     r"(/imagenet|DATA|TINY)\b": "{images}",
     r"(CAMVID|ROOT)\b": "{scenes}",
     r"\w+\.(png|jpg)\b": "{street}",
+    r"S\b": "3",
 }
 
 
