@@ -47,6 +47,8 @@ def initialise_(model: ViT, init: str, alpha: float, beta: float, c: float) -> V
         conditioned_init_(model, alpha, beta, c)
     elif init == "identity":
         identity_init.identity_init_(model)
+    elif init != "default":
+        raise ValueError(f"init {init}")
     return start_(model)
 
 
@@ -63,8 +65,9 @@ def vit_of(checkpoint: dict) -> ViT:
     blocks = {str(name).split(".")[1] for name in weights if str(name).startswith("blocks.")}
     if config.get("depth") != len(blocks) or not isinstance(config.get("residual"), bool):
         fail(damaged)
-    asked = config | checkpoint["args"]
     try:
+        settings = checkpoint["args"]
+        asked = config | PRESETS.get(settings.get("model"), {}) | settings
         with torch.device("meta"):
             net = build(config)
         expected = {name: x.shape for name, x in net.state_dict().items()}

@@ -244,7 +244,7 @@ class SOAP(Optimizer):
         """As every optimizer's, except that float32 state of bf16 parameters stays float32.
 
         The base class casts state to the parameter's dtype, which would spoil an exact resume.
-        Raises ValueError where a parameter's is not of its shape.
+        Raises ValueError where a parameter's is not of its shape or type.
         """
         super().load_state_dict(state_dict)
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -253,7 +253,9 @@ class SOAP(Optimizer):
             state = state_dict["state"].get(i, {})
             found = {name: x for name, x in state.items() if isinstance(x, Tensor)}
             expected = kept_of(p.shape, group["max_precondition_dim"]) if state else {}
-            step = state.get("step", 0)
-            if {k: tuple(x.shape) for k, x in found.items()} != expected or type(step) is not int:
+            kept_in = torch.promote_types(p.dtype, torch.float32)
+            alike = {name: tuple(x.shape) for name, x in found.items()} == expected
+            alike &= all(x.dtype == kept_in for x in found.values())
+            if not alike or type(state.get("step", 0)) is not int:
                 raise ValueError(f"the state of parameter {i} is not that of {tuple(p.shape)}")
             self.state[p] |= {name: x.to(p.device, copy=True) for name, x in found.items()}

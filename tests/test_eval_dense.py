@@ -502,13 +502,15 @@ def test_features_are_half_precision_maps_of_the_blocks_side_by_side():
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """A folder with runs/a/last.pt, runs/mean/last.pt, nan.pt and scenes/."""
+    """A folder with runs/a/last.pt, runs/mean/last.pt, nan.pt, odd.pt and scenes/."""
     folder = tmp_path_factory.mktemp("dense")
     save(folder / "runs/a/last.pt", network())
     save(folder / "runs/mean/last.pt", network(pool="mean", residual=True))
     broken = network()
     broken.head.bias[0] = float("nan")
     save(folder / "nan.pt", broken)
+    usual = files.load_checkpoint(str(folder / "runs/a/last.pt"))
+    files.save_checkpoint(folder / "odd.pt", usual | dict(args=ARGS | dict(init="papers")))
     make_scenes(folder / "scenes")
     return folder
 
@@ -727,6 +729,7 @@ BAD_FLAGS = {
     "segment {a} --data {root} --image-size 8": "--image-size 8 8 is one patch of a",
     "discover {a} --data {root} --out /proc/self --ignore 11": "cannot write into this folder",
     "picture {a} --out {image}": "cannot write into this folder",
+    "segment {odd}": "odd.pt is damaged: its settings give",
     "segment {nan}": "nan.pt holds weights that are not finite",
     "discover {nan}": "nan.pt holds weights that are not finite",
     "picture {nan}": "nan.pt holds weights that are not finite",
@@ -736,8 +739,8 @@ BAD_FLAGS = {
 @pytest.mark.parametrize("flags", BAD_FLAGS)
 def test_bad_flags_end_in_one_line(flags, here, tmp_path, monkeypatch, capsys):
     root, image = here / "scenes", here / "scenes/test/images/0.png"
-    files = dict(a=here / "runs/a/last.pt", nan=here / "nan.pt", root=root, image=image)
-    words = flags.format(**files).split()
+    things = {name: here / f"{name}.pt" for name in ("nan", "odd")}
+    words = flags.format(a=here / "runs/a/last.pt", root=root, image=image, **things).split()
     words += [] if "--out" in flags else ["--out", "o"]
     done = run_here(eval_dense.main, words, tmp_path, monkeypatch, capsys)
     assert_fails_in_one_line(done, BAD_FLAGS[flags])

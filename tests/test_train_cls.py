@@ -751,6 +751,10 @@ DAMAGED = {
     "averages": (lambda c: dict(ema=[1]), "it has no ema"),
     "no averages": (lambda c: dict(ema=torch.ones(3)), "it has no ema"),
     "a basis": (lambda c: dict(optimizer=with_moment(c, torch.zeros(3), "basis_L")), "damaged"),
+    "a factor": (
+        lambda c: dict(optimizer=with_moment(c, torch.zeros(64, 64, dtype=int), "factor_L")),
+        "damaged",
+    ),
     "a rate": (lambda c: dict(optimizer=with_rate(c, [])), r"damaged \(TypeError"),
     "history": (lambda c: dict(history=[]), "its history is not of its epochs"),
     "a row": (lambda c: dict(history=[*c["history"][:1], dict(epoch=2, top1="x")]), "its history"),
@@ -765,6 +769,10 @@ DAMAGED = {
     "skips": (
         lambda c: dict(model_config=c["model_config"] | dict(residual=True)),
         "of blocks than",
+    ),
+    "heads": (
+        lambda c: dict(model_config=c["model_config"] | dict(num_heads=4)),
+        "another num_heads than its settings",
     ),
     "no tat": (lambda c: dict(args=c["args"] | dict(activation="tat")), "of blocks than its sett"),
     "no std": (
