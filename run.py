@@ -91,10 +91,10 @@ class Run:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self.receive)
         self.started = time.time()
-        if args.resume and args.out:  # a folder of its own has its checkpoint from the start
+        if args.resume and args.out:  # a folder of its own is whole from the start
             if dist.is_initialized():
                 dist.barrier()  # until all have seen that it had none
-            self.save()
+            self.write()
 
     @property
     def global_step(self) -> int:
@@ -150,12 +150,16 @@ class Run:
         row |= measured | dict(images_per_s=round(rate, 1), minutes=round(minutes, 3))
         self.history.append(row)
         self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
+        self.write()
+        return row
+
+    def write(self) -> None:
+        """All files of the folder, of the epochs so far."""
         self.save()
         if main_process():
             files.write_log(self.out / "log.jsonl", self.history)
             curves = self.out / "curves.png"
             pictures.draw_curves(curves, self.out.name, self.history, self.panels)
-        return row
 
     # ---- interruption ----------------------------------------------------------------------------
 

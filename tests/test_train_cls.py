@@ -442,6 +442,7 @@ def test_a_finished_run_resumed_mends_its_log_and_one_resumed_elsewhere_is_whole
     run_main(train_cls.main, words, tmp_path, monkeypatch)
     assert_equal_runs(load(tmp_path / "run/last.pt"), load(tmp_path / "new/last.pt"))
     assert (tmp_path / "new/log.jsonl").read_text() == whole
+    assert (tmp_path / "new/curves.png").exists()
 
 
 def test_a_full_disk_ends_a_run_in_one_line_its_workers_too(image_root, tmp_path):
