@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -29,8 +30,13 @@ FREE_TO_CHANGE = {
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """End the program with one line on stderr: what is wrong, where, and what to do about it."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def mute() -> None:
+    """From now on print into nothing: nobody reads it any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,6 +59,7 @@ def one_line_errors(memory_advice: str) -> Iterator[None]:
     """Turns what can still go wrong in mid-run, and is the user's to mend, into one line."""
     try:
         yield
+        sys.stdout.flush()  # or Python would, as it ends, and tell of a reader that has left
     except (torch.OutOfMemoryError, MemoryError) as error:
         said = str(error).split(".")[0] or "of the CPU"
         fail(f"out of memory ({said}); {memory_advice}")
@@ -77,11 +84,14 @@ def one_line_errors(memory_advice: str) -> Iterator[None]:
     except BadInput as error:  # a loader's process puts its traceback before the message
         fail(str(error).strip().splitlines()[-1].split("BadInput: ")[-1])
     except BrokenPipeError:  # into head, say
+        mute()  # what is left to write
         fail("the reader of the output has left, or a process has ended", code=1)
     except OSError as error:  # no permission, a name too long, a disk that is full or gone
-        if error.filename is None:
+        if error.errno is None:
             raise
-        fail(f"{error.filename}: {error.strerror}; mend it or name another")
+        if error.filename is None:
+            mute()  # it may be what is printed to
+        fail(f"{error.filename or 'a file'}: {error.strerror}; mend it or name another")
     except KeyboardInterrupt:  # outside the training loop, which sees to it itself
         fail("interrupted", code=130)
 
@@ -114,16 +124,16 @@ def path(text: str) -> str:
     return checked(text, str, bool, "name a file or folder")
 
 
+def folder(text: str) -> Path:
+    return Path(path(text))
+
+
 def count(text: str) -> int:
     return checked(text, int, lambda x: x > 0, "be at least 1")
 
 
 def count_or_0(text: str) -> int:
     return checked(text, int, lambda x: 0 <= x < 2**32, "lie in 0 .. 2^32 - 1")
-
-
-def processes(text: str) -> int:
-    return checked(text, int, lambda x: 0 <= x <= 256, "lie in 0 .. 256")  # more fill the machine
 
 
 # --------------------------------------------------------------------------------------------------
@@ -250,7 +260,7 @@ def trainer_flags(description: str, demo: dict, folder: dict, skipless: dict):
     add("--patch-size", "side of a patch, pixels; halving it makes four times the tokens", count)
     add("--depth", "number of blocks [the model's]", count)
     add("--drop-path", "stochastic depth of the last block; only with skips", share)
-    add("--workers", "processes that load images, up to 256", processes)
+    add("--workers", "processes that load images, up to 256", count_or_0)
     add("--compile", "torch.compile: faster after minutes of compiling", action="store_true")
     add("--amp", "bf16 autocast; auto: on GPUs that support it", choices=["auto", "bf16", "off"])
     add("--device", "auto, cpu, cuda or cuda:N")
@@ -269,9 +279,9 @@ def stored_settings(p: argparse.ArgumentParser, demo: dict, checkpoint: dict) ->
     words, stored = [], checkpoint["args"]
     p.error = lambda message: fail(f"checkpoint {checkpoint['path']} is damaged: {message}")
     for name, value in stored.items():
-        flag = "--" + name.replace("_", "-")
-        if name not in demo:
+        if name not in demo.keys() - {"resume", "eval"}:
             p.error(f"unknown setting {name}")
+        flag = "--" + name.replace("_", "-")
         if value is None or value is False:
             if demo[name] is not None and demo[name] is not False:
                 p.error(f"{flag} is {value}")
@@ -307,6 +317,8 @@ def settle(
     explicit: the flags given. stored: a checkpoint's settings, which only the flags in `free` may
     change.
     """
+    if explicit.get("workers", 0) > 256:
+        fail(f"--workers {explicit['workers']} would fill the machine; give at most 256")
     if stored is not None:
         for name, value in explicit.items():
             if name not in free and value != stored.get(name):

@@ -4,7 +4,6 @@ import functools
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 
@@ -17,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from cli import fail
+from cli import fail, mute
 from minskip import ViT
 from soap import SOAP, kept_of
 
@@ -95,7 +94,7 @@ def say(text: str) -> None:
         try:
             print(text, flush=True)
         except OSError:  # piped into head, or the terminal is gone; from now on into nothing
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            mute()
 
 
 def progress(items, title: str, **more) -> tqdm:

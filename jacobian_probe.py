@@ -342,7 +342,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--before", "each checkpoint also as it was before training", action="store_true")
     add("--seeds", "fresh weights a variant; medians are shown", type=cli.count)
     add("--device", "auto, cpu, cuda or cuda:N")
-    add("--out", "folder of probe.png and probe.json")
+    add("--out", "folder of probe.png and probe.json", type=cli.path)
     explain = "print what each column and panel means, and stop"
     add("--explain", explain, action="version", version=EXPLANATIONS)
     given = vars(p.parse_args())

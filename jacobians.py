@@ -118,7 +118,7 @@ def orthogonalised(x: Tensor, Q: Tensor) -> Tensor:
 def golub_kahan(
     forward: Callable, adjoint: Callable, start: Tensor, iterations: int = 20
 ) -> Tensor:
-    """Ritz values of a linear map by Golub-Kahan bidiagonalisation with full reorthogonalisation.
+    """Ritz values of a square map by Golub-Kahan bidiagonalisation, fully reorthogonalised.
 
     start: any vector of the map's input. The largest is a lower bound of sigma_max, reliable after
     some ten iterations; the smallest only an *upper* bound of sigma_min.

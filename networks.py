@@ -63,11 +63,15 @@ def vit_of(checkpoint: dict) -> ViT:
     config, weights, path = checkpoint["model_config"], checkpoint["model"], checkpoint["path"]
     damaged = f"checkpoint {path} is damaged: its weights are not those of its model_config"
     blocks = {str(name).split(".")[1] for name in weights if str(name).startswith("blocks.")}
-    if config.get("depth") != len(blocks) or not isinstance(config.get("residual"), bool):
-        fail(damaged)
     try:
-        settings = checkpoint["args"]
+        if int(config["depth"]) != len(blocks) or not isinstance(config["residual"], bool):
+            fail(damaged)
+        settings, classes = checkpoint["args"], checkpoint["classes"]
+        identity = settings.get("init") == "identity"
         asked = config | PRESETS.get(settings.get("model"), {}) | settings
+        asked |= dict(in_channels=3, diagonal_bias=identity, norm_affine=not identity)
+        if checkpoint["script"] == "train_cls" and classes:
+            asked |= dict(num_classes=len(classes))
         with torch.device("meta"):
             net = build(config)
         expected = {name: x.shape for name, x in net.state_dict().items()}
@@ -80,7 +84,7 @@ def vit_of(checkpoint: dict) -> ViT:
     if differing(asked) != differing(config) or asked.get("skipless") is config["residual"]:
         others.append("kind of blocks")
     if others:
-        fail(f"checkpoint {path} is damaged: its network has another {others[0]} than its settings")
+        fail(f"checkpoint {path} is damaged: its network's {others[0]} is not that of its settings")
     return build(config)
 
 
@@ -131,8 +135,14 @@ def load_optimizer_(optimizer: Optimizer, state: dict) -> None:
     optimizer.load_state_dict(state)
     if kinds() != before:
         raise TypeError("param_groups")
-    for p, kept in optimizer.state.items():
-        kept.get("exp_avg", p).view_as(p)
+    kept = [x for of_one in state["state"].values() for x in of_one.values()]
+    if not all(x.is_floating_point() for x in kept if isinstance(x, Tensor)):
+        raise TypeError("state")
+    if isinstance(optimizer, torch.optim.AdamW):  # which looks at none of this itself
+        for p, of_one in optimizer.state.items():
+            sizes = dict(step=torch.Size([]), exp_avg=p.shape, exp_avg_sq=p.shape)
+            if {name: x.shape for name, x in of_one.items()} != sizes:
+                raise TypeError("state")
 
 
 def load_(target: Tensor | nn.Module | Optimizer, state, checkpoint: dict) -> None:
@@ -145,13 +155,13 @@ def load_(target: Tensor | nn.Module | Optimizer, state, checkpoint: dict) -> No
         else:
             kinds = {name: x.dtype for name, x in target.state_dict().items()}
             if {name: x.dtype for name, x in state.items()} != kinds:  # it would be converted
-                raise TypeError("dtype")
+                raise TypeError("names or types of weights")
             target.load_state_dict(state)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a state that nobody saved makes it stumble over
-        kind = type(error).__name__
-        fail(f"checkpoint {checkpoint['path']} is damaged ({kind}); use another")
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+        fail(f"checkpoint {checkpoint['path']} is damaged ({why}); use another")
 
 
 def trained_vit(checkpoint: dict) -> ViT:

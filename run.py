@@ -30,9 +30,10 @@ from engine import (
 
 
 def of_numbers(row) -> bool:
-    """Whether it is a row of a log: numbers, or None, by name."""
-    kinds = (int, float, type(None))
-    return isinstance(row, dict) and all(type(x) in kinds for x in row.values())
+    """Whether it is a row of a log: an epoch and other numbers, or None, by name."""
+    numbers = [x for x in row.values() if x is not None]
+    small = all(type(x) is float or (type(x) is int and abs(x) < 2**53) for x in numbers)
+    return small and type(row.get("epoch")) is int
 
 
 class Run:
@@ -148,6 +149,9 @@ class Run:
         row = dict(epoch=self.epoch + 1)
         row |= {k: mean_over_processes(x).item() / self.step for k, x in self.sums.items()}
         row |= measured | dict(images_per_s=round(rate, 1), minutes=round(minutes, 3))
+        for name, value in measured.items():  # of weights so large that their output is not finite
+            if value is not None and not math.isfinite(value):
+                self.break_off(f"the {name} is {value}")
         self.history.append(row)
         self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
         self.write()
@@ -156,7 +160,7 @@ class Run:
     def write(self) -> None:
         """All files of the folder, of the epochs so far."""
         self.save()
-        if main_process():
+        if main_process() and self.history:
             files.write_log(self.out / "log.jsonl", self.history)
             curves = self.out / "curves.png"
             pictures.draw_curves(curves, self.out.name, self.history, self.panels)
@@ -229,7 +233,8 @@ class Run:
         needed = self.panels.keys() | {"minutes"} if self.epoch else set()
         last = self.history[-1] if self.history else dict(epoch=0)
         if not (
-            all(map(of_numbers, [*self.history, checkpoint["sums"]]))
+            all(isinstance(row, dict) and of_numbers(row) for row in self.history)
+            and all(type(x) is float for x in checkpoint["sums"].values())
             and last.get("epoch") == self.epoch
             and needed <= last.keys()
             and self.step < len(self.batches)

@@ -257,5 +257,7 @@ class SOAP(Optimizer):
             alike = {name: tuple(x.shape) for name, x in found.items()} == expected
             alike &= all(x.dtype == kept_in for x in found.values())
             if not alike or type(state.get("step", 0)) is not int:
-                raise ValueError(f"the state of parameter {i} is not that of {tuple(p.shape)}")
+                raise ValueError(
+                    f"the state of parameter {i} is not that of {tuple(p.shape)}, {kept_in}"
+                )
             self.state[p] |= {name: x.to(p.device, copy=True) for name, x in found.items()}

@@ -172,6 +172,8 @@ def main() -> None:
     if args.eval:
         model = networks.trained_vit(checkpoint).to(device)
         result = evaluate(model, val_loader, device, args.amp)
+        if not math.isfinite(result["val_loss"]):
+            cli.fail(f"{args.eval}: its network's output is not finite; use an earlier checkpoint")
         engine.say(
             f"top-1 {result['top1']:.1f} %  top-5 {result['top5']:.1f} %  "
             f"({args.eval}, epoch {checkpoint['epoch']})"

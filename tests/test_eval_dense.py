@@ -729,6 +729,7 @@ BAD_FLAGS = {
     "segment {a} --data {root} --image-size 8": "--image-size 8 8 is one patch of a",
     "discover {a} --data {root} --out /proc/self --ignore 11": "cannot write into this folder",
     "picture {a} --out {image}": "cannot write into this folder",
+    "segment {a} --out=": "--out: must name a file or folder",
     "segment {odd}": "odd.pt is damaged: its settings give",
     "segment {nan}": "nan.pt holds weights that are not finite",
     "discover {nan}": "nan.pt holds weights that are not finite",
@@ -755,18 +756,22 @@ def test_a_line_of_boxes_that_is_none_ends_in_one_line(here, tmp_path, monkeypat
     assert_fails_in_one_line(done, "boxes.tsv, line 1: .*expected a file of ROOT, x0, y0, x1, y1")
 
 
-BAD_SCENES = {
-    "a mark": (65535, r"train/images/0.png holds id 65535, above 4095, .*--ignore 65535"),
-    "a large mark": (2**31 - 1, "holds id 2147483647, above 4095"),
-    "in test alone": (12, r"test/images/0.png holds id 12, above 11, .*--ignore 12"),
-    "the image turned": (None, r"mask .*0.png is of \(20, 30\), its image of \(30, 20\)"),
+BAD_SCENES = {  # what is done, where, and what is said
+    "segment": (65535, "train", r"train/images/0.png holds id 65535, above 4095, .*--ignore 65535"),
+    "segment, a larger one": (2**31 - 1, "train", "holds id 2147483647, above 4095"),
+    "segment, in test alone": (
+        12,
+        "test",
+        r"test/images/0.png holds id 12, above 11, .*--ignore 12",
+    ),
+    "discover": (65535, "test", r"test/images/0.png holds id 65535, above 4095, .*--ignore 65535"),
+    "segment, the image turned": (None, "train", r"is of \(20, 30\), its image of \(30, 20\)"),
 }
 
 
 @pytest.mark.parametrize("what", BAD_SCENES)
 def test_bad_scenes_end_in_one_line(what, here, tmp_path, monkeypatch, capsys):
-    root, (mark, said) = make_scenes(tmp_path / "scenes"), BAD_SCENES[what]
-    split = "test" if "test" in what else "train"
+    root, (mark, split, said) = make_scenes(tmp_path / "scenes"), BAD_SCENES[what]
     image, mask = (root / split / kind / "0.png" for kind in ("images", "masks"))
     if mark:
         ids = np.array(Image.open(mask)).astype(np.int32)
@@ -776,6 +781,6 @@ def test_bad_scenes_end_in_one_line(what, here, tmp_path, monkeypatch, capsys):
         tag = Image.Exif()
         tag[0x0112] = 6
         Image.open(image).save(image, exif=tag)
-    words = ["segment", here / "runs/a/last.pt", "--data", root]
+    words = [what.split(",")[0], here / "runs/a/last.pt", "--data", root]
     done = run_here(eval_dense.main, words, tmp_path, monkeypatch, capsys)
     assert_fails_in_one_line(done, said)

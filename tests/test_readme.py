@@ -77,7 +77,7 @@ PLACEHOLDERS = {  # what stands for what in a printed command
     r"(/imagenet|DATA|TINY)\b": "{images}",
     r"(CAMVID|ROOT)\b": "{scenes}",
     r"\w+\.(png|jpg)\b": "{street}",
-    r"S\b": "3",
+    r"\bS\b": "3",
 }
 
 

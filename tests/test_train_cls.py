@@ -459,6 +459,7 @@ def test_a_full_disk_ends_a_run_in_one_line_its_workers_too(image_root, tmp_path
 
 
 def killed(self, keys):  # as the system does where memory is short
+    assert torch.utils.data.get_worker_info(), "not in a process of the loader's"
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -539,6 +540,24 @@ def test_what_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     assert path.read_bytes() == before
 
 
+def test_an_output_that_is_not_finite_ends_a_run_and_an_evaluation(
+    image_root, finished, tmp_path, monkeypatch, capsys
+):
+    """Of weights that are: large ones, whose accuracy would look normal."""
+    words = ["--data", image_root, *SMALL, "--opt", "adamw", "--lr", "1e15", "--epochs", "1"]
+    words += ["--warmup-epochs", "0", "--batch-size", "60", "--out", "run"]
+    done = run_here(train_cls.main, words, tmp_path, monkeypatch, capsys)
+    assert done.returncode == 1 and "error: the val_loss is nan at epoch" in done.stderr
+    assert "nothing saved yet" in done.stderr and not (tmp_path / "run/last.pt").exists()
+    checkpoint = load(finished[0] / "runs/a/last.pt")
+    for name, weight in checkpoint["ema"].items():
+        if "fc" in name or "W_" in name:
+            weight *= 1e30
+    torch.save(checkpoint, tmp_path / "large.pt")
+    done = run_here(train_cls.main, ["--eval", "large.pt"], tmp_path, monkeypatch, capsys)
+    assert_fails_in_one_line(done, "large.pt: its network's output is not finite")
+
+
 def test_weights_that_are_not_finite_are_not_evaluated(finished, tmp_path, monkeypatch, capsys):
     checkpoint = load(finished[0] / "runs/a/last.pt")
     checkpoint["ema"]["module.head.bias"][0] = float("nan")
@@ -577,7 +596,7 @@ def test_two_processes_compute_the_gradient_of_one(image_root, tmp_path):
     """After one step AdamW's first moment is a tenth of the gradient: compare it."""
     (tmp_path / "uneven.py").write_text(UNEVEN)
     args = ["--data", image_root, *SMALL, "--batch-size", "60", "--epochs", "1", "--opt", "adamw"]
-    args += "--warmup-epochs 0 --mixup 0 --cutmix 0 --drop-path 0 --clip-grad 0 --ema 0.5".split()
+    args += "--warmup-epochs 0 --mixup 0 --cutmix 0 --drop-path 0 --clip-grad 0".split()
     one = run_script("train_cls.py", *args, "--out", "one", cwd=tmp_path)
     args += ["--grad-accum", "3", "--out", "two"]
     two = run_script(tmp_path / "uneven.py", *args, cwd=tmp_path, launcher=TWO_PROCESSES)
@@ -686,7 +705,7 @@ BAD_FLAGS = {
     "--resume {done}/runs/a/last.pt --out {done}/runs/b": "holds a run already",
     "--data {root} --ema 1": r"--ema: must lie in \[0, 1\)",
     "--data {root} --seed 4294967296": "must lie in 0 .. 2",
-    "--data {root} --workers 257": r"--workers: must lie in 0 \.\. 256",
+    "--data {root} --workers 257": "--workers 257 would fill the machine",
     "--data {root} --out {done}/runs/a": "holds a run already",
     "--resume nowhere.pt": "nowhere.pt: no such file",
     "--resume {done}/runs/a": r"no such file; .*runs/a/last.pt\?",
@@ -765,20 +784,32 @@ DAMAGED = {
     ),
     "step": (lambda c: dict(step=10**9), "its history is not of its epochs"),
     "settings": (lambda c: dict(args=without(c["args"], "lr")), "damaged: no setting lr"),
-    "size": (lambda c: dict(args=c["args"] | dict(image_size=24)), "another image_size than its"),
+    "size": (lambda c: dict(args=c["args"] | dict(image_size=24)), "image_size is not that of its"),
     "model": (lambda c: dict(model=c["model"] | {3: torch.ones(1)}), "not those of its model_conf"),
     "skips": (
         lambda c: dict(model_config=c["model_config"] | dict(residual=True)),
-        "of blocks than",
+        "kind of blocks is not",
     ),
     "heads": (
         lambda c: dict(model_config=c["model_config"] | dict(num_heads=4)),
-        "another num_heads than its settings",
+        "num_heads is not that of its settings",
     ),
-    "no tat": (lambda c: dict(args=c["args"] | dict(activation="tat")), "of blocks than its sett"),
+    "another init": (
+        lambda c: dict(args=c["args"] | dict(init="identity")),
+        "diagonal_bias is not",
+    ),
+    "flags": (lambda c: dict(args=c["args"] | dict(eval="x")), "unknown setting eval"),
+    "a number for a flag": (lambda c: dict(args=c["args"] | {3: 1}), "unknown setting 3"),
+    "no epoch": (lambda c: dict(history=[{}, *c["history"]]), "its history is not"),
+    "a large number": (
+        lambda c: dict(history=[c["history"][0] | dict(loss=10**400), c["history"][1]]),
+        "its history is not",
+    ),
+    "no sum": (lambda c: dict(sums=dict(loss=1.0, grad_norm=None)), "its history is not"),
+    "no tat": (lambda c: dict(args=c["args"] | dict(activation="tat")), "kind of blocks is not"),
     "no std": (
         lambda c: dict(model_config=without(c["model_config"], "pos_embed_std")),
-        "another pos_embed_std than its settings",
+        "pos_embed_std is not that of its settings",
     ),
     "integers": (lambda c: dict(model={k: x.int() for k, x in c["model"].items()}), "damaged"),
 }
@@ -818,6 +849,7 @@ BAD_FOLDERS = {
     "other classes": r"same classes; only in train: \['class1'\], only in val: \['class9'\]",
     "text": r"cannot read image .*00\.png",
     "cut short": r"cannot read image .*00\.png",
+    "integers": r"image .*00\.tiff has 32 bits a pixel; save it with 8 or 16",
     "fractions": r"image .*00\.tiff has 32 bits a pixel; save it with 8 or 16",
     "pipe": r"cannot read image .*00\.png \(a pipe\); remove it",
     "link upward": r"class1/up is the same folder as .*train; remove one of the links",
@@ -843,8 +875,8 @@ def test_bad_folders_end_in_one_line(damage, tmp_path, monkeypatch, capsys):
         image.write_text("this is no image")
     elif damage == "cut short":
         image.write_bytes(image.read_bytes()[:-200])
-    elif damage == "fractions":
-        Image.open(image).convert("F").save(image.with_suffix(".tiff"))
+    elif damage in ("integers", "fractions"):
+        Image.open(image).convert("IF"[damage == "fractions"]).save(image.with_suffix(".tiff"))
     elif damage == "pipe":
         image.unlink()
         os.mkfifo(image)
@@ -882,10 +914,12 @@ def test_a_picture_that_cannot_be_written_stops_no_run_and_one_that_learned_noth
     image_root, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "run/curves.png").mkdir(parents=True)
-    words = ["--data", image_root, *SMALL, "--out", "run", "--lr", "1e-9"]
+    (tmp_path / "run").rename(tmp_path / "x^{$ü$")  # no formula
+    words = ["--data", image_root, *SMALL, "--out", "x^{$ü$", "--lr", "1e-9"]
     run_main(train_cls.main, words, tmp_path, monkeypatch)
+    (tmp_path / "x^{$ü$").rename(tmp_path / "run")
     out, err = capsys.readouterr()
-    assert err.count("note    cannot write run/curves.png (Is a directory)") == 2  # epochs
+    assert err.count("note    cannot write x^{$ü$/curves.png (Is a directory)") == 2  # epochs
     assert not list((tmp_path / "run").glob("*.tmp"))
     *_, note, last = out.strip().splitlines()
     assert note.startswith("note    nothing learned") and last.startswith("top-1")
