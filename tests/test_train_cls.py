@@ -842,6 +842,18 @@ def test_a_checkpoint_with_a_damaged_part_ends_in_one_line(
     assert_fails_in_one_line(done, words)
 
 
+def test_adamw_s_state_is_checked_too(image_root, tmp_path, monkeypatch, capsys):
+    """torch takes any; with moments of another size its fused step breaks the interpreter."""
+    words = ["--data", image_root, *SMALL, "--opt", "adamw", "--epochs", "1", "--out", "run"]
+    run_main(train_cls.main, [*words, "--warmup-epochs", "0"], tmp_path, monkeypatch)
+    whole, path = load(tmp_path / "run/last.pt"), tmp_path / "run/last.pt"
+    capsys.readouterr()
+    for name, moment in (("exp_avg_sq", torch.zeros(7)), ("exp_avg", torch.zeros(64, dtype=int))):
+        torch.save(whole | dict(optimizer=with_moment(whole, moment, name)), path)
+        done = run_here(train_cls.main, ["--resume", path], tmp_path, monkeypatch, capsys)
+        assert_fails_in_one_line(done, r"damaged \(TypeError: state\)")
+
+
 BAD_FOLDERS = {
     "no val": r"no folder .*val; expected ROOT/val/<class>/<image files>",
     "no classes": "Couldn't find any class folder",
