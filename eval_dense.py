@@ -61,6 +61,13 @@ ALIKE = 1e-3  # spread below which tokens count as alike
 # --------------------------------------------------------------------------------------------------
 
 
+def finite(x: Tensor) -> Tensor:
+    """x; raises BadInput where it is not finite, which figures would not show."""
+    if not x.isfinite().all():
+        raise cli.BadInput("a network's tokens are not finite; use an earlier checkpoint of it")
+    return x
+
+
 def token_maps(model: ViT, images: Tensor, blocks: list[int]) -> list[Tensor]:
     """Patch tokens after each block, (batch, 3, H, W) -> list of (batch, dim, row, column).
 
@@ -70,7 +77,7 @@ def token_maps(model: ViT, images: Tensor, blocks: list[int]) -> list[Tensor]:
     """
     rows, first = images.shape[-2] // model.config["patch_size"], model.cls_token is not None
     return [
-        rearrange(model.norm(x)[:, first:], "batch (row col) dim -> batch dim row col", row=rows)
+        rearrange(finite(model.norm(x))[:, first:], "b (row col) dim -> b dim row col", row=rows)
         for x in model.forward_features(images, blocks)
     ]
 
@@ -80,7 +87,7 @@ def last_keys(model: ViT, images: Tensor) -> Tensor:
     last, first = model.blocks[-1], model.cls_token is not None
     [x] = model.forward_features(images, [len(model.blocks) - 1])
     _, k, _ = last.attention.queries_keys_values(last.norm1(x))
-    return rearrange(k[:, :, first:], "batch head patch dim -> batch patch (head dim)")
+    return rearrange(finite(k)[:, :, first:], "batch head patch dim -> batch patch (head dim)")
 
 
 def class_attention(model: ViT, images: Tensor, block: int) -> Tensor:

@@ -502,13 +502,17 @@ def test_features_are_half_precision_maps_of_the_blocks_side_by_side():
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """A folder with runs/a/last.pt, runs/mean/last.pt, nan.pt, odd.pt and scenes/."""
+    """A folder with runs/a/last.pt, runs/mean/last.pt, nan.pt, large.pt, odd.pt, scenes/."""
     folder = tmp_path_factory.mktemp("dense")
     save(folder / "runs/a/last.pt", network())
     save(folder / "runs/mean/last.pt", network(pool="mean", residual=True))
     broken = network()
     broken.head.bias[0] = float("nan")
     save(folder / "nan.pt", broken)
+    large = network()
+    for weight in large.blocks.parameters():
+        weight *= 1e30
+    save(folder / "large.pt", large)
     usual = files.load_checkpoint(str(folder / "runs/a/last.pt"))
     files.save_checkpoint(folder / "odd.pt", usual | dict(args=ARGS | dict(init="papers")))
     make_scenes(folder / "scenes")
@@ -754,6 +758,14 @@ def test_a_line_of_boxes_that_is_none_ends_in_one_line(here, tmp_path, monkeypat
     words = ["discover", here / "runs/a/last.pt", "--data", root]
     done = run_here(eval_dense.main, words, tmp_path, monkeypatch, capsys)
     assert_fails_in_one_line(done, "boxes.tsv, line 1: .*expected a file of ROOT, x0, y0, x1, y1")
+
+
+@pytest.mark.parametrize("command", ["segment", "discover", "picture"])
+def test_tokens_that_are_not_finite_end_in_one_line(command, here, tmp_path, monkeypatch, capsys):
+    """Of weights that are; the figures would look normal."""
+    words = [command, here / "large.pt"]
+    done = run_here(eval_dense.main, words, tmp_path, monkeypatch, capsys)
+    assert_fails_in_one_line(done, "tokens are not finite; use an earlier checkpoint")
 
 
 BAD_SCENES = {  # what is done, where, and what is said
