@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -772,7 +773,7 @@ DAMAGED = {
     "no averages": (lambda c: dict(ema=torch.ones(3)), "it has no ema"),
     "a basis": (lambda c: dict(optimizer=with_moment(c, torch.zeros(3), "basis_L")), "damaged"),
     "a factor": (
-        lambda c: dict(optimizer=with_moment(c, torch.zeros(64, 64, dtype=int), "factor_L")),
+        lambda c: dict(optimizer=with_moment(c, torch.zeros(64, 64).half(), "factor_L")),
         "damaged",
     ),
     "a rate": (lambda c: dict(optimizer=with_rate(c, [])), r"damaged \(TypeError"),
@@ -806,6 +807,13 @@ DAMAGED = {
         "its history is not",
     ),
     "no sum": (lambda c: dict(sums=dict(loss=1.0, grad_norm=None)), "its history is not"),
+    "classes": (
+        lambda c: dict(
+            model=c["model"] | {"head.weight": torch.zeros(3, 64), "head.bias": torch.zeros(3)},
+            model_config=c["model_config"] | dict(num_classes=3),
+        ),
+        "num_classes is not that of its settings",
+    ),
     "no tat": (lambda c: dict(args=c["args"] | dict(activation="tat")), "kind of blocks is not"),
     "no std": (
         lambda c: dict(model_config=without(c["model_config"], "pos_embed_std")),
@@ -842,13 +850,27 @@ def test_a_checkpoint_with_a_damaged_part_ends_in_one_line(
     assert_fails_in_one_line(done, words)
 
 
+def test_a_checkpoint_that_says_it_is_a_giant_takes_no_memory(
+    finished, tmp_path, monkeypatch, capsys
+):
+    """A network of that width would take 6 GB and a minute."""
+    content = load(finished[0] / "runs/a/last.pt")
+    wide = content["model_config"] | dict(dim=2**13)
+    torch.save(content | dict(model_config=wide), tmp_path / "giant.pt")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    done = run_here(train_cls.main, ["--eval", "giant.pt"], tmp_path, monkeypatch, capsys)
+    assert_fails_in_one_line(done, "giant.pt is damaged: its weights are not those of its model")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
+
+
 def test_adamw_s_state_is_checked_too(image_root, tmp_path, monkeypatch, capsys):
     """torch takes any; with moments of another size its fused step breaks the interpreter."""
     words = ["--data", image_root, *SMALL, "--opt", "adamw", "--epochs", "1", "--out", "run"]
     run_main(train_cls.main, [*words, "--warmup-epochs", "0"], tmp_path, monkeypatch)
     whole, path = load(tmp_path / "run/last.pt"), tmp_path / "run/last.pt"
     capsys.readouterr()
-    for name, moment in (("exp_avg_sq", torch.zeros(7)), ("exp_avg", torch.zeros(64, dtype=int))):
+    integers = whole["optimizer"]["state"][1]["exp_avg"].long()
+    for name, moment in (("exp_avg_sq", torch.zeros(7)), ("exp_avg", integers)):
         torch.save(whole | dict(optimizer=with_moment(whole, moment, name)), path)
         done = run_here(train_cls.main, ["--resume", path], tmp_path, monkeypatch, capsys)
         assert_fails_in_one_line(done, r"damaged \(TypeError: state\)")
@@ -926,12 +948,12 @@ def test_a_picture_that_cannot_be_written_stops_no_run_and_one_that_learned_noth
     image_root, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "run/curves.png").mkdir(parents=True)
-    (tmp_path / "run").rename(tmp_path / "x^{$ü$")  # no formula
-    words = ["--data", image_root, *SMALL, "--out", "x^{$ü$", "--lr", "1e-9"]
+    (tmp_path / "run").rename(tmp_path / "ü$x^{$")  # no formula
+    words = ["--data", image_root, *SMALL, "--out", "ü$x^{$", "--lr", "1e-9"]
     run_main(train_cls.main, words, tmp_path, monkeypatch)
-    (tmp_path / "x^{$ü$").rename(tmp_path / "run")
+    (tmp_path / "ü$x^{$").rename(tmp_path / "run")
     out, err = capsys.readouterr()
-    assert err.count("note    cannot write x^{$ü$/curves.png (Is a directory)") == 2  # epochs
+    assert err.count("note    cannot write ü$x^{$/curves.png (Is a directory)") == 2  # epochs
     assert not list((tmp_path / "run").glob("*.tmp"))
     *_, note, last = out.strip().splitlines()
     assert note.startswith("note    nothing learned") and last.startswith("top-1")
