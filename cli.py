@@ -124,7 +124,7 @@ def path(text: str) -> str:
     return checked(text, str, bool, "name a file or folder")
 
 
-def folder(text: str) -> Path:
+def place(text: str) -> Path:
     return Path(path(text))
 
 

@@ -389,8 +389,6 @@ def discover(args: argparse.Namespace, models: dict[str, ViT]) -> None:
     [reported] = load_scenes(args, "reported")
     sizes = input_sizes(args, models, reported.sizes[0])
     boxes = scenes.true_boxes(reported, args.data, args.ignore)
-    if reported.masks:
-        scenes.count_classes(reported, reported, args.ignore)
     files.make_folder(args.out)
     counted = sum(len(b) > 0 for b in boxes)
     print(f"{counted} of {len(boxes)} images have a true box")
@@ -482,10 +480,7 @@ def parse_arguments() -> argparse.Namespace:
         add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
         add("--seed", type=cli.count_or_0, default=0, help="of probe and random networks [0]")
         add(
-            "--out",
-            type=cli.folder,
-            default=Path("runs/dense"),
-            help="results' folder [runs/dense]",
+            "--out", type=cli.place, default=Path("runs/dense"), help="results' folder [runs/dense]"
         )
     args = p.parse_args()
     if args.image_size:

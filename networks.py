@@ -52,6 +52,20 @@ def initialise_(model: ViT, init: str, alpha: float, beta: float, c: float) -> V
     return start_(model)
 
 
+def unlike_its_settings(config: dict, checkpoint: dict) -> list[str]:
+    """What a whole config of a checkpoint's network has otherwise than its settings ask for."""
+    settings, needs = checkpoint["args"], identity_init.NEEDS
+    if settings.get("init") != "identity":
+        needs = {name: not value for name, value in needs.items()}
+    asked = config | PRESETS.get(settings.get("model"), {}) | settings | dict(in_channels=3) | needs
+    if checkpoint["script"] == "train_cls" and checkpoint["classes"]:
+        asked["num_classes"] = len(checkpoint["classes"])
+    others = [name for name, value in config.items() if asked[name] != value]
+    if differing(asked) != differing(config) or asked.get("skipless") is config["residual"]:
+        others.append("kind of blocks")
+    return others
+
+
 def vit_of(checkpoint: dict) -> ViT:
     """The network of a checkpoint, its weights yet to come; a shape that is not theirs, or not
     that of the settings, ends the program before memory is taken for it."""
@@ -66,23 +80,16 @@ def vit_of(checkpoint: dict) -> ViT:
     try:
         if int(config["depth"]) != len(blocks) or not isinstance(config["residual"], bool):
             fail(damaged)
-        settings, classes = checkpoint["args"], checkpoint["classes"]
-        identity = settings.get("init") == "identity"
-        asked = config | PRESETS.get(settings.get("model"), {}) | settings
-        asked |= dict(in_channels=3, diagonal_bias=identity, norm_affine=not identity)
-        if checkpoint["script"] == "train_cls" and classes:
-            asked |= dict(num_classes=len(classes))
         with torch.device("meta"):
             net = build(config)
         expected = {name: x.shape for name, x in net.state_dict().items()}
         found = {name: x.shape for name, x in weights.items()}
-        others = [k for k, x in net.config.items() if k not in config or asked[k] != x]
+        others = [name for name in net.config if name not in config]
+        others += unlike_its_settings(net.config, checkpoint)
     except Exception as error:  # whatever a config that nobody wrote makes a constructor say
         fail(f"{damaged} ({type(error).__name__}: {error})")
     if found != expected:
         fail(damaged)
-    if differing(asked) != differing(config) or asked.get("skipless") is config["residual"]:
-        others.append("kind of blocks")
     if others:
         fail(f"checkpoint {path} is damaged: its network's {others[0]} is not that of its settings")
     return build(config)
@@ -135,14 +142,14 @@ def load_optimizer_(optimizer: Optimizer, state: dict) -> None:
     optimizer.load_state_dict(state)
     if kinds() != before:
         raise TypeError("param_groups")
-    kept = [x for of_one in state["state"].values() for x in of_one.values()]
-    if not all(x.is_floating_point() for x in kept if isinstance(x, Tensor)):
-        raise TypeError("state")
     if isinstance(optimizer, torch.optim.AdamW):  # which looks at none of this itself
-        for p, of_one in optimizer.state.items():
+        stored = [x for kept in state["state"].values() for x in kept.values()]
+        alike = all(x.is_floating_point() for x in stored)  # before it was converted
+        for p, kept in optimizer.state.items():
             sizes = dict(step=torch.Size([]), exp_avg=p.shape, exp_avg_sq=p.shape)
-            if {name: x.shape for name, x in of_one.items()} != sizes:
-                raise TypeError("state")
+            alike &= {name: x.shape for name, x in kept.items()} == sizes
+        if not alike:
+            raise TypeError("state")
 
 
 def load_(target: Tensor | nn.Module | Optimizer, state, checkpoint: dict) -> None:

@@ -57,11 +57,11 @@ def draw_curves(path: Path, name: str, rows: list[dict], panels: dict[str, str])
     """
     size = dict(figsize=(4.6 * len(panels), 3.6), layout="constrained")
     figure, axes = plt.subplots(1, len(panels), squeeze=False, **size)
+    label = name.split("-seed")[0].encode("ascii", "replace").decode().replace("$", r"\$")
+    colour = colour_of(name, [name])
     for ax, (key, title) in zip(axes[0], panels.items()):
         points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
         marker = "." if len(points) <= 10 else None
-        label = name.split("-seed")[0].encode("ascii", "replace").decode().replace("$", r"\$")
-        colour = colour_of(name, [name])
         ax.plot(*zip(*points), color=colour, linewidth=1.4, marker=marker, label=label)
         ax.set_xlabel("epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))

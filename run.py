@@ -29,11 +29,12 @@ from engine import (
 )
 
 
-def of_numbers(row) -> bool:
+def is_row(row) -> bool:
     """Whether it is a row of a log: an epoch and other numbers, or None, by name."""
+    if not isinstance(row, dict) or type(row.get("epoch")) is not int:
+        return False
     numbers = [x for x in row.values() if x is not None]
-    small = all(type(x) is float or (type(x) is int and abs(x) < 2**53) for x in numbers)
-    return small and type(row.get("epoch")) is int
+    return all(type(x) is float or (type(x) is int and abs(x) < 2**53) for x in numbers)
 
 
 class Run:
@@ -233,7 +234,7 @@ class Run:
         needed = self.panels.keys() | {"minutes"} if self.epoch else set()
         last = self.history[-1] if self.history else dict(epoch=0)
         if not (
-            all(isinstance(row, dict) and of_numbers(row) for row in self.history)
+            all(map(is_row, self.history))
             and all(type(x) is float for x in checkpoint["sums"].values())
             and last.get("epoch") == self.epoch
             and needed <= last.keys()

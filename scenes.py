@@ -138,6 +138,7 @@ def true_boxes(scenes: Scenes, data: str | None, ignore: int) -> list[Tensor]:
         listed = read_boxes(Path(data) / "boxes.tsv")
         boxes = [torch.tensor(listed[n], dtype=torch.float64).view(-1, 4) for n in scenes.names]
     else:
+        count_classes(scenes, scenes, ignore)  # a mark for unlabelled pixels would be an object
         ids = (mask.unique() for mask in scenes.masks)
         ids = (i[(i != 0) & (i.long() != ignore)].view(-1, 1, 1) for i in ids)
         boxes = [boxes_around(mask == i) for mask, i in zip(scenes.masks, ids)]

@@ -43,7 +43,7 @@ def main() -> None:
     p = cli.Parser(__doc__)
     p.add_argument("--model", choices=list(PRESETS), default="tiny", help="network [tiny]")
     p.add_argument("--repeats", type=two_or_more, default=3, help="of each [3]")
-    p.add_argument("--folder", type=Path, default=Path("."), help="on the disk to try [.]")
+    p.add_argument("--folder", type=cli.place, default=Path("."), help="on the disk to try [.]")
     args = p.parse_args()
     files.make_folder(args.folder)
     content = checkpoint_of(args.model)

@@ -422,10 +422,10 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     p = cli.Parser(__doc__)
     add = p.add_argument
     add("--script", choices=list(METRICS), default="train_cls.py", help="[train_cls.py]")
-    add("--data", type=cli.folder, help="folder of images")
-    add("--camvid", type=cli.folder, help="folder of images and masks, for eval_dense.py")
+    add("--data", type=cli.place, help="folder of images")
+    add("--camvid", type=cli.place, help="folder of images and masks, for eval_dense.py")
     add("--classes", type=cli.count, help="the first so many, in sorted order [all]")
-    add("--work", type=cli.folder, default=Path("runs/sweep"), help="where runs go [runs/sweep]")
+    add("--work", type=cli.place, default=Path("runs/sweep"), help="where runs go [runs/sweep]")
     add(
         "--arms",
         nargs="+",
@@ -441,7 +441,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     add("--epochs", type=cli.count, default=5, help="of a final run [5]")
     add("--skipless-epochs", type=cli.count, help="of a final run without skips [--epochs]")
     add("--jobs", type=cli.count, default=os.cpu_count(), help="runs at a time [cores]")
-    add("--table", type=cli.folder, metavar="WORK", help="show what is there, train nothing")
+    add("--table", type=cli.place, metavar="WORK", help="show what is there, train nothing")
     cut = words.index("--") if "--" in words else len(words)
     args = p.parse_args(words[:cut])
     args.flags = words[cut + 1 :]
