@@ -814,6 +814,13 @@ DAMAGED = {
         ),
         "num_classes is not that of its settings",
     ),
+    "channels": (
+        lambda c: dict(
+            model=c["model"] | {"patch_embed.weight": c["model"]["patch_embed.weight"][:, :1]},
+            model_config=c["model_config"] | dict(in_channels=1),
+        ),
+        "in_channels is not that of its settings",
+    ),
     "no tat": (lambda c: dict(args=c["args"] | dict(activation="tat")), "kind of blocks is not"),
     "no std": (
         lambda c: dict(model_config=without(c["model_config"], "pos_embed_std")),
