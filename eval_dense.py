@@ -272,7 +272,7 @@ def load_networks(args: argparse.Namespace) -> dict[str, ViT]:
     """Name -> frozen network. A checkpoint is named after its folder, or by its path where two
     folders have one name; but for pictures it is followed by itself before training."""
     if not (args.checkpoints or args.random_init):
-        fail("no network given: name checkpoints (RUN/last.pt) or add --random-init ARM")
+        raise UserError("no network given: name checkpoints (RUN/last.pt) or add --random-init ARM")
     models = {}
     folders = [Path(path).resolve().parent.name for path in args.checkpoints]
     for path, folder in zip(args.checkpoints, folders):
@@ -297,7 +297,9 @@ def chosen_blocks(args: argparse.Namespace, models: dict, parts: int, least: int
         ends = {math.ceil(i * depth / parts) for i in range(1, parts + 1)}
         chosen[name] = args.blocks or sorted(ends)
         if bad := [b for b in chosen[name] if not least <= b <= depth]:
-            fail(f"--blocks {bad[0]}: {name} has {depth} blocks; give numbers {least}..{depth}")
+            raise UserError(
+                f"--blocks {bad[0]}: {name} has {depth} blocks; give numbers {least}..{depth}"
+            )
     return chosen
 
 
@@ -322,9 +324,11 @@ def input_sizes(args: argparse.Namespace, models: dict[str, ViT], first: scenes.
         patch = model.config["patch_size"]
         height, width = args.image_size or (math.ceil(x / patch) * patch for x in first)
         if height % patch or width % patch:
-            fail(f"--image-size {height} {width}: give multiples of {name}'s patch, {patch}")
+            raise UserError(
+                f"--image-size {height} {width}: give multiples of {name}'s patch, {patch}"
+            )
         if height * width == patch**2:
-            fail(f"--image-size {height} {width} is one patch of {name}; give more")
+            raise UserError(f"--image-size {height} {width} is one patch of {name}; give more")
         sizes[name], side = (height, width), model.config["image_size"]
         if (height, width) != (side, side) and not name.endswith(", untrained"):
             print(f"{name}: position embedding interpolated from {side} px to {height} x {width}")
@@ -485,7 +489,7 @@ def parse_arguments() -> argparse.Namespace:
     args = p.parse_args()
     if args.image_size:
         if len(args.image_size) > 2:
-            fail(f"--image-size takes one or two numbers, not {len(args.image_size)}")
+            raise UserError(f"--image-size takes one or two numbers, not {len(args.image_size)}")
         args.image_size = args.image_size[0], args.image_size[-1]
     return args
 

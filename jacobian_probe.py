@@ -60,7 +60,7 @@ def gradient_norms(model: ViT, tokens: list[Tensor], labels: Tensor) -> dict[str
     """
     loss = F.cross_entropy(model.classify(tokens[-1]), labels)
     if not loss.isfinite():
-        cli.fail(f"the loss of this network is {loss.item()}: nothing can be measured on it")
+        raise UserError(f"the loss of this network is {loss.item()}: nothing can be measured on it")
     by = {"g(tokens)": tokens}
     for path in MATRICES:
         weights = [block.get_submodule(path).weight for block in model.blocks]
@@ -348,9 +348,9 @@ def parse_arguments() -> argparse.Namespace:
     given = vars(p.parse_args())
     if "checkpoint" in given and (useless := [name for name in FRESH if name in given]):
         flag = "--" + useless[0].replace("_", "-")
-        cli.fail(f"{flag} is about fresh networks; leave it out with --checkpoint")
+        raise UserError(f"{flag} is about fresh networks; leave it out with --checkpoint")
     if "before" in given and "checkpoint" not in given:
-        cli.fail("--before is about trained networks: add --checkpoint")
+        raise UserError("--before is about trained networks: add --checkpoint")
     return argparse.Namespace(**FRESH | OTHERS | given)
 
 
@@ -386,7 +386,7 @@ def trained_networks(args: argparse.Namespace) -> list[tuple[str, str, Iterable[
             found.append((name, "before training", [networks.untrained_vit(checkpoint)]))
         found.append((name, "trained", [trained]))
     if len(sizes) > 1:
-        cli.fail(f"--checkpoint: of different image sizes {sorted(sizes)}; probe them apart")
+        raise UserError(f"--checkpoint: of different image sizes {sorted(sizes)}; probe them apart")
     args.image_size, args.seeds = sizes.pop(), 1
     return found
 
@@ -411,7 +411,9 @@ def probe(models: Iterable[ViT], images: Tensor, labels: Tensor, theory: bool, w
         model = model.to(images.device)
         n, d = model.pos_embed.shape[1:]
         if n < 2:
-            cli.fail("an image is one token, with nothing to compare; make --patch-size smaller")
+            raise UserError(
+                "an image is one token, with nothing to compare; make --patch-size smaller"
+            )
         # Any class does for a gradient. A backbone without a head puts out its pooled feature,
         # which stands in for the logits: a class for each of its numbers.
         classes = labels % (model.config["num_classes"] or model.config["dim"])

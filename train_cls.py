@@ -1,17 +1,19 @@
 """Train a Vision Transformer with labels, with or without skip connections.
 
-    python train_cls.py --skipless                      the demo: CPU, no data, some minutes
+    python train_cls.py --skipless                      the demo: CPU, no data, two minutes
     python train_cls.py --skipless --data /imagenet     ViT-B/16, 300 epochs, on GPUs
     python train_cls.py --data /imagenet                the same network with its skips
 
-DATA holds train/<class>/* and val/<class>/*. Without --data the images are synthetic (`shapes.py`).
-Each run writes a folder: log.jsonl (a line an epoch), curves.png and last.pt, the result.
-`torchrun --nproc-per-node=N train_cls.py ...` trains on N GPUs, or on N CPU processes.
-Numbers measured with each command, and on what hardware: README and results/README.md.
+DATA holds train/<class>/* and val/<class>/*. Without --data the images are synthetic (`Shapes`).
+Each run writes a folder: log.jsonl (one line per epoch), curves.png and last.pt, the result.
+`torchrun --nproc-per-node=N train_cls.py ...` trains on N GPUs, or in N processes on the CPU.
 
-Of the recipe for folders the paper's (arXiv 2510.00345) are: no skips, the init and its constants,
-SOAP, ViT-B, 300 epochs. The rest is customary for ViTs (DeiT), the learning rates are ours, from
-small runs.
+Read from top to bottom: settings, images, network, optimizer, evaluation, the training loop. What
+is imported from `support` is not the method. Measured accuracies: results/README.md.
+
+From the paper (arXiv 2510.00345) the settings with --data take: no skips, the init and its
+constants, SOAP, ViT-B, 300 epochs. The rest is customary for ViTs (DeiT), and the learning rates
+are ours, extrapolated from small runs.
 """
 
 import argparse
@@ -23,132 +25,160 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
-import cli
-import engine
-import files
-import identity_init
-import networks
-from data import Batches, augmentations, image_folder, image_folders, make_loader, normalise
-from run import Run
-from shapes import Shapes
+from beyond.arms import arm_of, complete, trained_vit
+from beyond.identity_init import NEEDS, hold_pairs, identity_init_
+from beyond.variants import CHOICES, start_, vary_
+from minskip import PRESETS, ViT, conditioned_init_
+from soap import SOAP
+from support import processes
+from support.data import (
+    CORES,
+    Batches,
+    augmentations,
+    image_folder,
+    image_folders,
+    make_loader,
+    normalise,
+)
+from support.errors import UserError, errors_in_one_line
+from support.files import load_checkpoint
+from support.flags import (
+    COMMON,
+    COUNT,
+    FRACTION,
+    FREE_TO_CHANGE,
+    NAME,
+    NOT_NEGATIVE,
+    POSITIVE,
+    WORKERS,
+    given_flags,
+    settings_of,
+    stored_settings,
+)
+from support.processes import autocast, say
+from support.run import Run
+from support.shapes import Shapes
 
 # --------------------------------------------------------------------------------------------------
-# Settings
+# Settings: one row per flag. Without --data the first value holds, with --data the second.
 # --------------------------------------------------------------------------------------------------
 
-DEMO = cli.COMMON | dict(  # ten synthetic classes, two CPU cores
-    model="nano",
-    image_size=32,
-    patch_size=8,
-    pool="cls",
-    pos_embed_std=0.5,  # larger than customary: learns faster, with skips and without
-    alpha=2.0,  # of --init paper: the paper's constants for ViT-B with labels
-    beta=0.6,
-    c=3.0,
-    opt="soap",
-    lr=dict(soap=5e-3, adamw=2e-3),
-    epochs=3,
-    warmup_epochs=0.5,
-    batch_size=64,
-    weight_decay=0.01,
-    clip_grad=1.0,
-    label_smoothing=0.0,
-    mixup=0.0,
-    cutmix=0.0,
-    drop_path=0.0,
-    ema=0.0,
-    workers=0,  # drawing an image takes less than sending it to another process
-    eval=None,
-)
-FOLDER = dict(  # --data, with ImageNet in mind
-    model="base",
-    image_size=224,
-    patch_size=16,
-    pos_embed_std=0.02,
-    lr=dict(soap=3e-3, adamw=1e-3),
-    epochs=300,
-    warmup_epochs=5,
-    batch_size=1024,
-    weight_decay=0.05,
-    label_smoothing=0.1,
-    mixup=0.8,
-    cutmix=1.0,
-    drop_path=0.1,
-    workers=cli.CORES,
-)
-SKIPLESS = dict(  # --skipless, over either; the paper's init where it was published
-    init=dict(nano="identity", tiny="identity", small="identity", base="paper", large="identity"),
-    # A step changes all that follows, as no skip carries x past it. The identity init alone stands
-    # a residual network's rate, and takes it.
-    lr=dict(
-        paper=dict(soap=1e-3, adamw=2e-4),
-        default=dict(soap=3e-4, adamw=2e-4),
-    ),
-    drop_path=0.0,  # a dropped sub-block would leave nothing
-)
-SHAPES_TRAIN, SHAPES_VAL = 20_000, 2_000
+SETTINGS = dict(
+    # name           demo      --data    takes
+    model=           ("nano",   "base",   [*PRESETS],    "width and depth; nano is for CPUs"),
+    depth=           (None,     None,     COUNT,         "number of blocks [12; large 24]"),
+    image_size=      (32,       224,      COUNT,         "side of the images, pixels"),
+    patch_size=      (8,        16,       COUNT,
+        "side of a patch, pixels; half the side makes four times the tokens"),
+    skipless=        (False,    False,    bool,          "train without skip connections"),
+    init=            ("default", "default", ["identity", "paper", "default"],
+        "weights the blocks start from: identity, ours, keeps tokens best in small networks; "
+        "paper, from Cutting the Skip; default, std 0.02, with which a skipless network learns "
+        "little; with --skipless identity, for base paper"),
+    alpha=           (2.0,      2.0,      NOT_NEGATIVE,
+        "of --init paper: weight of the random part of W_Q W_K^T, 0.5 .. 2; too large: attention "
+        "starts one-hot at random places"),
+    beta=            (0.6,      0.6,      NOT_NEGATIVE,
+        "of --init paper: weight of the identity in W_Q W_K^T, 0.5 .. 2; too small: tokens become "
+        "alike with depth"),
+    c=               (3.0,      3.0,      POSITIVE,
+        "of --init paper: scale of W_V and W_O, 1 .. 3; smaller makes each step relatively larger"),
+    pool=            ("cls",    "cls",    ["cls", "mean"],
+        "what is classified: the class token, or the mean of the patch tokens; with --init "
+        "identity mean"),
+    pos_embed_std=   (0.5,      0.02,     NOT_NEGATIVE,
+        "standard deviation at which the position embedding starts, 0.02 .. 1; with --init "
+        "identity 0.5"),
+    norm=            ("layernorm", "layernorm", CHOICES["norm"],
+        "what normalises in the blocks (beyond/variants.py)"),
+    attention=       ("softmax", "softmax", CHOICES["attention"],
+        "how tokens mix; the others start near the identity or keep tokens apart"),
+    activation=      ("gelu",   "gelu",   CHOICES["activation"],
+        "of the MLPs; tat: a leaky ReLU fitted to the depth"),
+    opt=             ("soap",   "soap",   ["soap", "adamw"],
+        "optimizer; soap is the paper's and matters without skips"),
+    lr=              (None,     None,     POSITIVE,
+        "peak learning rate; too large: the loss stays at its first value [by network and "
+        "optimizer, LEARNING_RATE in this script: SOAP 5e-3, with --data 3e-3, for --init paper "
+        "1e-3]"),
+    epochs=          (3,        300,      COUNT,         "passes over the training images"),
+    warmup_epochs=   (0.5,      5,        NOT_NEGATIVE,
+        "epochs in which the learning rate rises, fractions too; too few: the loss jumps in the "
+        "first steps"),
+    batch_size=      (64,       1024,     COUNT,         "images per step, over all processes"),
+    weight_decay=    (0.01,     0.05,     NOT_NEGATIVE,
+        "0 .. 0.1; not for biases, norms and embeddings"),
+    clip_grad=       (1.0,      1.0,      NOT_NEGATIVE,
+        "largest norm of the whole gradient; 0 is off"),
+    label_smoothing= (0.0,      0.1,      FRACTION,
+        "share of the target spread over all classes, 0 .. 0.2"),
+    mixup=           (0.0,      0.8,      NOT_NEGATIVE,
+        "alpha of MixUp's beta distribution; 0 is off"),
+    cutmix=          (0.0,      1.0,      NOT_NEGATIVE,
+        "alpha of CutMix's; with both on, each batch takes one"),
+    drop_path=       (0.0,      0.1,      FRACTION,
+        "stochastic depth of the last block, with skips only"),
+    ema=             (0.0,      0.0,      FRACTION,
+        "decay of averaged weights, which val then measures; 0 is off, 0.9999 usual in long runs"),
+    workers=         (0,        CORES,    WORKERS,
+        "processes that load images; the demo is faster without"),
+    eval=            (None,     None,     NAME,          "measure this checkpoint on val and stop"),
+) | COMMON  # fmt: skip
+
+# The init of --skipless, by model: ours, but the paper's where it was published.
+INIT = dict(nano="identity", tiny="identity", small="identity", base="paper", large="identity")
+
+# Peak learning rate by network. Without skips a step changes everything that follows, because no
+# skip carries x past it; only the identity init tolerates the residual network's rate.
+LEARNING_RATE = {
+    #                    demo                         --data
+    "residual":          (dict(soap=5e-3, adamw=2e-3), dict(soap=3e-3, adamw=1e-3)),
+    "skipless-identity": (dict(soap=5e-3, adamw=2e-3), dict(soap=3e-3, adamw=1e-3)),
+    "skipless-paper":    (dict(soap=1e-3, adamw=2e-4), dict(soap=1e-3, adamw=2e-4)),
+    "skipless-default":  (dict(soap=3e-4, adamw=2e-4), dict(soap=3e-4, adamw=2e-4)),
+}  # fmt: skip
+SHAPES_TRAIN, SHAPES_VAL = 20_000, 2_000  # synthetic images
 
 
-def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
+def read_settings() -> tuple[argparse.Namespace, dict | None]:
     """(the settings of this run, the checkpoint that --resume or --eval names)."""
-    p, add = cli.trainer_flags(__doc__, DEMO, FOLDER, SKIPLESS)
-    add("--weight-decay", "not on biases, norms and embeddings; 0 .. 0.1", cli.not_negative)
-    add("--mixup", "alpha of MixUp's beta distribution; 0 is off", cli.not_negative)
-    add("--cutmix", "alpha of CutMix's; with both on each batch takes one", cli.not_negative)
-    add("--label-smoothing", "share of the target spread over all classes, 0 .. 0.2", cli.share)
-    add("--clip-grad", "largest norm of the whole gradient; 0 is off", cli.not_negative)
-    add(
-        "--ema",
-        "decay of averaged weights, which are then what val measures; 0 is off, 0.9999 usual",
-        cli.share,
-    )
-    add("--eval", "measure this checkpoint on val and stop", cli.path, metavar="CKPT")
-    explicit = vars(p.parse_args())
-    if "resume" in explicit and "eval" in explicit:
-        cli.fail("--resume and --eval exclude each other; choose one")
-    path = explicit.get("resume") or explicit.get("eval")
-    checkpoint = files.load_checkpoint(path, "train_cls") if path else None
-    # up to rounding these change nothing either
-    free = cli.FREE_TO_CHANGE | ({"batch_size", "amp"} if "eval" in explicit else {"grad_accum"})
-    stored = checkpoint and cli.stored_settings(p, DEMO, checkpoint)
-    return cli.settle(explicit, DEMO, FOLDER, SKIPLESS, stored, free), checkpoint
+    given = given_flags(__doc__, SETTINGS)
+    if "resume" in given and "eval" in given:
+        raise UserError("--resume and --eval exclude each other; choose one")
+    if path := given.get("resume") or given.get("eval"):
+        checkpoint = load_checkpoint(path, "train_cls")
+        free = FREE_TO_CHANGE | ({"batch_size", "amp"} if "eval" in given else set())
+        return stored_settings(checkpoint["args"], given, free), checkpoint
+    args = settings_of(SETTINGS, given)
+    complete(args, given, INIT)  # what the network asks of the other settings
+    network = f"skipless-{args.init}" if args.skipless else "residual"
+    args.lr = args.lr or LEARNING_RATE[network]["data" in given][args.opt]
+    return args, None
 
 
 # --------------------------------------------------------------------------------------------------
-# Evaluation
+# Images
 # --------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, loader, device: torch.device, amp: str) -> dict:
-    """Mean cross-entropy and top-1 and top-5 accuracy in percent, over all processes' images."""
-    model.eval()
-    totals = torch.zeros(4, device=device)  # images, loss, top-1 hits, top-5 hits
-    for images, labels in engine.progress(loader, "val"):
-        images, labels = engine.on_device([images, labels], device)
-        with engine.autocast(device, amp):
-            logits = model(normalise(images)).float()
-        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        totals[0] += len(labels)
-        totals[1:] += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
-    count, loss, top1, top5 = engine.mean_over_processes(totals).tolist()
-    return dict(val_loss=loss / count, top1=100 * top1 / count, top5=100 * top5 / count)
+def validation_set(args: argparse.Namespace):
+    if args.data:
+        return image_folder(args.data, "val")
+    return Shapes("val", SHAPES_VAL, args.image_size)
 
 
-# --------------------------------------------------------------------------------------------------
-# The run
-# --------------------------------------------------------------------------------------------------
+def both_sets(args: argparse.Namespace):
+    """(training set, validation set), their images checked."""
+    if args.data:
+        return image_folders(args.data, check=processes.main_process())
+    return Shapes("train", SHAPES_TRAIN, args.image_size), validation_set(args)
 
 
-def load_sets(args: argparse.Namespace):
-    """(training set or None with --eval, validation set)."""
-    if args.data is None:
-        train = Shapes("train", SHAPES_TRAIN, args.image_size)
-        return train, Shapes("val", SHAPES_VAL, args.image_size)
-    if args.eval:
-        return None, image_folder(args.data, "val")
-    return image_folders(args.data, check=engine.main_process())
+def loader_of(dataset, batches: Batches, args: argparse.Namespace, device: torch.device):
+    """Batches of (images (batch, 3, size, size) uint8, labels (batch,)); augmented for training."""
+    to_train, to_val = augmentations(args.image_size, drawn=args.data is None)
+    transform = to_train if batches.shuffle else to_val
+    return make_loader(dataset, transform, batches, args.workers, device)
 
 
 def mixing(args: argparse.Namespace, classes: int):
@@ -158,50 +188,145 @@ def mixing(args: argparse.Namespace, classes: int):
     return v2.RandomChoice(mixes) if mixes else lambda images, labels: (images, labels)
 
 
-def main() -> None:
-    args, checkpoint = parse_arguments()
-    device, rank, world = engine.start_processes(args.device)
+# --------------------------------------------------------------------------------------------------
+# Network, optimizer and learning rate
+# --------------------------------------------------------------------------------------------------
 
-    train_set, val_set = load_sets(args)
-    classes, data_name = val_set.classes, args.data or "Shapes"
-    if checkpoint and checkpoint["classes"] != classes:
-        cli.fail(f"{data_name} has other classes than the checkpoint was trained on")
-    to_train, to_val = augmentations(args.image_size, drawn=args.data is None)
-    val_batches = Batches(len(val_set), min(256, args.batch_size), 0, False, rank, world)
-    val_loader = make_loader(val_set, to_val, val_batches, args.workers, device)
-    if args.eval:
-        model = networks.trained_vit(checkpoint).to(device)
-        result = evaluate(model, val_loader, device, args.amp)
-        if not math.isfinite(result["val_loss"]):
-            cli.fail(f"{args.eval}: its network's output is not finite; use an earlier checkpoint")
-        engine.say(
-            f"top-1 {result['top1']:.1f} %  top-5 {result['top5']:.1f} %  "
-            f"({args.eval}, epoch {checkpoint['epoch']})"
+
+def build_network(args: argparse.Namespace, num_classes: int) -> ViT:
+    """The network at initialisation. Raises UserError for sizes that do not fit together."""
+    size = PRESETS[args.model] | dict(depth=args.depth)
+    needs = NEEDS if args.init == "identity" else {}
+    try:
+        model = ViT(
+            args.image_size,
+            args.patch_size,
+            num_classes,
+            **size | needs,
+            residual=not args.skipless,  # minskip.Block.forward: x + f(x), or f(x)
+            pool=args.pool,
+            pos_embed_std=args.pos_embed_std,
+            drop_path=args.drop_path,
         )
-        return engine.end_processes()
-    engine.check_batch_size(args.batch_size, world * args.grad_accum, len(train_set), data_name)
+        # Other norms, attentions and activations, if asked for; the defaults change nothing.
+        vary_(model, norm=args.norm, attention=args.attention, activation=args.activation)
+        if args.init == "paper":
+            conditioned_init_(model, args.alpha, args.beta, args.c)
+        elif args.init == "identity":
+            identity_init_(model)
+        return start_(model)  # the initial weights of those other parts
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """SOAP or AdamW. Biases, norms and embeddings, the second group, are not decayed."""
+    decayed, plain = [], []
+    for name, p in model.named_parameters():
+        (plain if p.ndim < 2 or name.endswith(("cls_token", "pos_embed")) else decayed).append(p)
+    groups = [
+        dict(params=decayed, weight_decay=args.weight_decay),
+        dict(params=plain, weight_decay=0.0),
+    ]
+    if args.opt == "soap":  # the paper's: the init and the optimizer complete each other
+        optimizer = processes.sharing_state(groups, SOAP, lr=args.lr)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+    if args.init == "identity":  # or the optimizer would overwrite the identity path
+        hold_pairs(optimizer, model)
+    return optimizer
+
+
+def lr_at(step: int, steps: int, warmup: int, peak: float) -> float:
+    """A line up to `peak` over `warmup` steps, then half a cosine down to 0 at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+# --------------------------------------------------------------------------------------------------
+# Evaluation
+# --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader, device: torch.device, amp: str) -> dict[str, float]:
+    """Mean cross-entropy, and top-1 and top-5 accuracy in percent, over all processes' images."""
+    model.eval()
+    totals = torch.zeros(4, device=device)  # images, loss, top-1 hits, top-5 hits
+    for images, labels in processes.progress(loader, "val"):
+        images, labels = processes.on_device([images, labels], device)
+        with autocast(device, amp):
+            logits = model(normalise(images)).float()
+        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        totals[0] += len(labels)
+        totals[1:] += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
+    count, loss, top1, top5 = processes.mean_over_processes(totals).tolist()
+    return dict(val_loss=loss / count, top1=100 * top1 / count, top5=100 * top5 / count)
+
+
+def validation_loader(val_set, args: argparse.Namespace, device, rank: int, world: int):
+    batches = Batches(len(val_set), min(256, args.batch_size), 0, False, rank, world)
+    return loader_of(val_set, batches, args, device)
+
+
+def evaluate_checkpoint(args: argparse.Namespace, checkpoint: dict) -> None:
+    """What --eval does: print a checkpoint's accuracies on val."""
+    device, rank, world = processes.start_processes(args.device)
+    val_set = validation_set(args)
+    check_classes(args, val_set, checkpoint)
+    loader = validation_loader(val_set, args, device, rank, world)
+    result = evaluate(trained_vit(checkpoint).to(device), loader, device, args.amp)
+    say(
+        f"top-1 {result['top1']:.1f} %  top-5 {result['top5']:.1f} %  "
+        f"({args.eval}, epoch {checkpoint['epoch']})"
+    )
+
+
+def check_classes(args: argparse.Namespace, val_set, checkpoint: dict) -> None:
+    if checkpoint["classes"] != val_set.classes:
+        data_name = args.data or "Shapes"
+        raise UserError(f"{data_name} has other classes than the checkpoint was trained on")
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace, checkpoint: dict | None) -> None:
+    device, rank, world = processes.start_processes(args.device)
+
+    train_set, val_set = both_sets(args)
+    classes, data_name = len(train_set.classes), args.data or "Shapes"
+    if checkpoint:
+        check_classes(args, val_set, checkpoint)
+    parts = world * args.grad_accum
+    processes.check_batch_size(args.batch_size, parts, len(train_set), data_name)
+    val_loader = validation_loader(val_set, args, device, rank, world)
     batches = Batches(len(train_set), args.batch_size, args.seed, True, rank, world)
-    loader = make_loader(train_set, to_train, batches, args.workers, device)
-    mix = mixing(args, len(classes))
+    loader = loader_of(train_set, batches, args, device)
+    mix = mixing(args, classes)
 
     torch.manual_seed(args.seed)
-    model = networks.build_vit(args, len(classes), checkpoint).to(device)
-    network = engine.in_processes(torch.compile(model) if args.compile else model, device)
+    model = build_network(args, classes).to(device)
+    compiled = torch.compile(model) if args.compile else model
+    network = processes.averaging_gradients(compiled, device)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
-    optimizer = engine.build_optimizer(model, args.opt, args.lr, args.weight_decay)
-    if args.init == "identity":
-        identity_init.hold_pairs(optimizer, model)
+    optimizer = build_optimizer(args, model)
     if args.checkpoint_activations:
-        engine.checkpoint_activations_(model)
+        processes.checkpoint_activations_(model)
 
     run = Run(
         args,
-        "cls",
+        "train_cls",
+        arm_of(args),
         device,
         train_set,
         batches,
         kept=dict(model=model, ema=ema, optimizer=optimizer),
-        panels=dict(loss="training loss", top1="val top-1, %"),
+        panels=dict(loss="training loss", val_loss="validation loss", top1="val top-1, %"),
         checkpoint=checkpoint,
     )
     del checkpoint  # its copy of the weights and the optimizer's state
@@ -210,43 +335,53 @@ def main() -> None:
     for epoch in run.epochs():
         model.train()
         for images, labels in run.steps(loader):
-            lr = engine.lr_at(run.global_step, run.total_steps, run.warmup_steps, args.lr)
+            # Set by hand, because it is a function of the global step: nothing to resume.
+            lr = lr_at(run.global_step, run.total_steps, run.warmup_steps, args.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            # Normalised on the device, so that images travel there as uint8; mixed after that,
+            # because labels become probabilities.
             images, labels = mix(normalise(images), labels)
             step_loss = 0.0
-            parts = engine.micro_batches(network, args.grad_accum, images, labels)
-            for some_images, some_labels in parts:
-                with engine.autocast(device, args.amp):
-                    logits = network(some_images).float()
-                    loss = F.cross_entropy(
-                        logits, some_labels, label_smoothing=args.label_smoothing
-                    )
+            for x, y in processes.micro_batches(network, args.grad_accum, images, labels):
+                with autocast(device, args.amp):
+                    logits = network(x).float()  # the loss in float32: bf16 has 8 bits
+                    loss = F.cross_entropy(logits, y, label_smoothing=args.label_smoothing)
                 (loss / args.grad_accum).backward()
                 step_loss += loss.detach() / args.grad_accum
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
-            run.add(loss=step_loss, grad_norm=norm)  # ends the run if one is not finite
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            run.add(loss=step_loss, grad_norm=norm)  # before the step: ends the run if not finite
+
             optimizer.step()
             optimizer.zero_grad()
             if ema:
                 ema.update_parameters(model)
 
         row = run.end_epoch(**evaluate(ema or model, val_loader, device, args.amp), lr=lr)
-        engine.say(
+        say(
             f"epoch {epoch + 1:3d}  loss {row['loss']:.3f}  val loss {row['val_loss']:.3f}  top-1 "
             f"{row['top1']:.1f} %  top-5 {row['top5']:.1f} %  {row['images_per_s']:.0f} images/s"
         )
 
     final = run.history[-1]
-    if final["loss"] > 0.99 * math.log(len(classes)):
-        engine.say("note    nothing learned: the loss is that of guessing; try another --lr")
-    engine.say(
+    if final["loss"] > 0.99 * math.log(classes):
+        say("note    nothing learned: the loss is that of guessing; try another --lr")
+    say(
         f"top-1 {final['top1']:.1f} %  top-5 {final['top5']:.1f} %  "
         f"({final['epoch']} epochs, {final['minutes']:.1f} min)"
     )
-    engine.end_processes()
+
+
+def main() -> None:
+    args, checkpoint = read_settings()
+    if args.eval:
+        evaluate_checkpoint(args, checkpoint)
+    else:
+        train(args, checkpoint)
+    processes.end_processes()
 
 
 if __name__ == "__main__":
-    with cli.one_line_errors("raise --grad-accum"):
+    with errors_in_one_line("raise --grad-accum"):
         main()

@@ -189,10 +189,10 @@ def judged(args: argparse.Namespace, folder: Path, code: int) -> str:
     if code == 1 and last.startswith("error: ") and "--lr" in last:  # something was not finite
         (folder / "diverged.txt").write_text(last + "\n")
     elif code:
-        cli.fail(f"{folder} ended with code {code}: {last.removeprefix('error: ')}", code=1)
+        raise UserError(f"{folder} ended with code {code}: {last.removeprefix('error: ')}", code=1)
     if result := result_of(args, folder):
         return result
-    cli.fail(f"{folder}: the run ended well, but left no result; remove this folder", code=1)
+    raise UserError(f"{folder}: the run ended well, but left no result; remove this folder", code=1)
 
 
 def run_all(args: argparse.Namespace, folders: list[Path], asked: list[int]) -> None:
@@ -213,7 +213,7 @@ def run_all(args: argparse.Namespace, folders: list[Path], asked: list[int]) -> 
                 done, name = done + 1, folder.relative_to(args.work)
                 engine.say(f"run {done} of {number}  {name}  {result}")
             if asked:
-                cli.fail("interrupted; the same command continues", code=128 + asked[0])
+                raise UserError("interrupted; the same command continues", code=128 + asked[0])
     finally:
         for process in running.values():
             process.terminate()  # trainers save
@@ -254,7 +254,7 @@ def prepare(args: argparse.Namespace) -> None:
     train, _ = image_folders(str(data), check=False)
     names, links, seen = train.classes[: args.classes], {}, Counter()
     if len(names) < (args.classes or 0):
-        cli.fail(f"--classes {args.classes}: --data {args.data} has {len(names)}")
+        raise UserError(f"--classes {args.classes}: --data {args.data} has {len(names)}")
     for name in names:
         for split in ("train", "val"):
             links[images / "full" / split / name] = data / split / name
@@ -271,7 +271,7 @@ def prepare(args: argparse.Namespace) -> None:
     for name in facts:
         if before.get(name) != facts[name]:
             found = f"{name} {before.get(name)}, not {facts[name]}"
-            cli.fail(f"--work {args.work} has runs with {found}")
+            raise UserError(f"--work {args.work} has runs with {found}")
     files.make_folder(args.work)
     files.write_atomically(kept, lambda temporary: temporary.write_text(json.dumps(facts)))
     had = {x for x in images.rglob("*") if x.is_symlink()}
@@ -279,13 +279,13 @@ def prepare(args: argparse.Namespace) -> None:
     if had - set(links) or ((args.work / "tune").exists() and had and had != set(links)):
         others = min(had ^ set(links))
         where = f"--work {args.work} has links to images that are no longer the same part of --data"
-        cli.fail(f"{where}, as {others}; name another folder")
+        raise UserError(f"{where}, as {others}; name another folder")
     for place, target in links.items():
         place.parent.mkdir(parents=True, exist_ok=True)
         if not os.path.lexists(place):
             place.symlink_to(target)
         elif place.resolve() != target.resolve():
-            cli.fail(f"--work {args.work} has links to another --data; name another folder")
+            raise UserError(f"--work {args.work} has links to another --data; name another folder")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ def show(args: argparse.Namespace) -> None:
         rows.append(row)
         probes += probe_rows(args, [arm, depth, opt], start)
     if not rows:
-        cli.fail(f"{args.work} holds no finished tuning run")
+        raise UserError(f"{args.work} holds no finished tuning run")
     columns = "arm, blocks, optimizer, held back, rate, val, range, seeds, steps"
     write_table(args.work / "table.md", columns, rows)
     if probes:
@@ -447,13 +447,15 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     args.flags = words[cut + 1 :]
     for word in args.flags:
         if word.split("=")[0] in SET_HERE.split():
-            cli.fail(f"{word} behind -- is for the sweep to set; leave it out")
+            raise UserError(f"{word} behind -- is for the sweep to set; leave it out")
     if not (args.data or args.table):
-        cli.fail("--data is needed, a folder with train/<class>/* and val/<class>/*; or --table")
+        raise UserError(
+            "--data is needed, a folder with train/<class>/* and val/<class>/*; or --table"
+        )
     for split in ("train", reported_split(args.camvid)) if args.camvid else ():
         for kind in ("images", "masks"):
             if not (args.camvid / split / kind).is_dir():
-                cli.fail(f"--camvid {args.camvid}: no folder {split}/{kind} in it")
+                raise UserError(f"--camvid {args.camvid}: no folder {split}/{kind} in it")
     return args
 
 
@@ -462,7 +464,7 @@ def main() -> None:
     if args.table:
         args.work = args.table
         if not (kept := args.work / "sweep.json").is_file():
-            cli.fail(f"--table {args.work}: no sweep.json in it, so no runs of this script")
+            raise UserError(f"--table {args.work}: no sweep.json in it, so no runs of this script")
         vars(args).update(json.loads(kept.read_text()))
     args.metric = METRICS[args.script]
     if not args.table:

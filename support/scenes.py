@@ -20,10 +20,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from cli import fail
-from data import decoding, image_sizes, open_rgb
-from engine import progress
-from shapes import draw_shapes
+from support.data import decoding, image_sizes, open_rgb
+from support.errors import UserError
+from support.processes import progress
+from support.shapes import draw_shapes
 
 Size = tuple[int, int]  # height, width
 
@@ -50,13 +50,17 @@ def synthetic_scenes(length: int, split: str, side: int) -> Scenes:
 def read_mask(path: Path, size: Size) -> Tensor:
     """Class ids, (height, width), of a single-channel image; a palette's indices are its ids."""
     if not path.is_file():
-        fail(f"mask {path} is missing; add it or remove its image")
+        raise UserError(f"mask {path} is missing; add it or remove its image")
     with decoding(path, "mask"), Image.open(path) as image:
         mode, ids = image.mode, np.array(image)
     if ids.ndim != 2 or mode == "F" or ids.min() < 0:
-        fail(f"mask {path} is {mode}, not one channel of integers >= 0; save class ids as such")
+        raise UserError(
+            f"mask {path} is {mode}, not one channel of integers >= 0; save class ids as such"
+        )
     if ids.shape != size:
-        fail(f"mask {path} is of {ids.shape}, its image of {size} (height, width); make them equal")
+        raise UserError(
+            f"mask {path} is of {ids.shape}, its image of {size} (height, width); make them equal"
+        )
     return torch.from_numpy(ids.astype(np.int32 if ids.max() > 255 else np.uint8))
 
 
@@ -78,10 +82,10 @@ def folder_scenes(root: Path, split: str, with_masks: bool) -> Scenes:
     layout = f"expected ROOT/{split}/images/* and ROOT/{split}/masks/<stem>.png"
     for folder in (images, masks) if with_masks else (images,):
         if not folder.is_dir():
-            fail(f"--data {root}: no folder {folder}; {layout}")
+            raise UserError(f"--data {root}: no folder {folder}; {layout}")
     paths = sorted(f for f in images.iterdir() if f.suffix.lower() in IMG_EXTENSIONS)
     if not paths:
-        fail(f"--data {root}: no images in {images}; {layout}")
+        raise UserError(f"--data {root}: no images in {images}; {layout}")
     found = image_files(paths)
     if with_masks:
         pairs = progress(list(zip(paths, found.sizes)), f"checking {split} masks")
@@ -98,13 +102,15 @@ def count_classes(train: Scenes, reported: Scenes, ignore: int) -> int:
     ]
     for which, ids in zip(("training", "reported"), largest):
         if max(ids) < 0:
-            fail(f"--ignore {ignore}: the {which} masks hold nothing else; give another id")
+            raise UserError(
+                f"--ignore {ignore}: the {which} masks hold nothing else; give another id"
+            )
     classes = min(1 + max(largest[0]), MOST_CLASSES)
     for name, id in zip(train.names + reported.names, largest[0] + largest[1]):
         if id >= classes:
             why = f"id {id}, above {classes - 1}, the largest allowed or in training masks"
             todo = f"if it marks unlabelled pixels add --ignore {id}, else mend the mask"
-            fail(f"the mask of {name} holds {why}; {todo}")
+            raise UserError(f"the mask of {name} holds {why}; {todo}")
     return classes
 
 
@@ -127,7 +133,7 @@ def read_boxes(path: Path) -> dict[str, list[list[float]]]:
         good = 0 <= x0 < x1 < math.inf and 0 <= y0 < y1 < math.inf
         if not good or not (path.parent / file).is_file():
             why = "expected a file of ROOT, x0, y0, x1, y1, tab between them; mend the line"
-            fail(f"{path}, line {number}: {line!r}: {why}")
+            raise UserError(f"{path}, line {number}: {line!r}: {why}")
         boxes[str(path.parent / file)].append([x0, y0, x1, y1])
     return boxes
 
@@ -143,5 +149,7 @@ def true_boxes(scenes: Scenes, data: str | None, ignore: int) -> list[Tensor]:
         ids = (i[(i != 0) & (i.long() != ignore)].view(-1, 1, 1) for i in ids)
         boxes = [boxes_around(mask == i) for mask, i in zip(scenes.masks, ids)]
     if not any(map(len, boxes)):
-        fail("no reported image has a true box; list boxes in boxes.tsv or mend the masks")
+        raise UserError(
+            "no reported image has a true box; list boxes in boxes.tsv or mend the masks"
+        )
     return boxes

@@ -8,7 +8,7 @@ matplotlib.use("Agg")  # pictures go to files; no window system is needed
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-from files import write_atomically
+from support.files import write_atomically
 
 # Okabe and Ito's colours, told apart with every common colour blindness.
 ARM_COLOURS = {

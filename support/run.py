@@ -12,33 +12,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-import files
-import networks
-import pictures
-from cli import fail
-from data import STEP, Batches, listing, mixed_seeds
-from engine import (
+from support import files, pictures
+from support.data import STEP, Batches, listing, mixed_seeds
+from support.errors import UserError
+from support.memory import say_memory
+from support.processes import (
     main_process,
     mean_over_processes,
     on_device,
     progress,
     say,
-    say_memory,
     uses_bf16,
     whole_state,
 )
 
 
-def is_row(row) -> bool:
-    """Whether it is a row of a log: an epoch and other numbers, or None, by name."""
-    if not isinstance(row, dict) or type(row.get("epoch")) is not int:
-        return False
-    numbers = [x for x in row.values() if x is not None]
-    return all(type(x) is float or (type(x) is int and abs(x) < 2**53) for x in numbers)
-
-
 class Run:
-    """A training loop's surroundings, so that the loop shows the method alone:
+    """A training loop's surroundings, so that the loop shows only the method:
 
         for epoch in run.epochs():                   # from where a resumed run left off
             for batch in run.steps(loader):          # on the device, random numbers seeded
@@ -47,15 +37,24 @@ class Run:
                 optimizer.step()
             run.end_epoch(**evaluate(...))           # log, picture, checkpoint
 
-    kind: cls or ssl. kept: what a checkpoint holds by name, anything with a state_dict, or tensors.
-    Its `model` is the `ViT` that it is for. panels: log key -> title, of the picture. `step` counts
-    the steps made in this epoch, `global_step` in all, of `total_steps`.
+    Args:
+        args: the settings of the run.
+        script: the trainer's name, which a checkpoint records.
+        arm: the network's name in a comparison, as "skipless-paper".
+        kept: name -> what a checkpoint holds: anything with a state_dict, or a tensor; None is left
+            out. "model" is the `ViT` that the run is about.
+        panels: key of the log -> title of its panel in the picture.
+        checkpoint: the one to continue from, or None.
+
+    `step` counts the steps made in this epoch, `global_step` all of them, out of `total_steps`.
+    Raises UserError where the run cannot go on, KeyboardInterrupt once it has saved on a signal.
     """
 
     def __init__(
         self,
         args: argparse.Namespace,
-        kind: str,
+        script: str,
+        arm: str,
         device: torch.device,
         train_set: Dataset,
         batches: Batches,
@@ -63,26 +62,28 @@ class Run:
         panels: dict[str, str],
         checkpoint: dict | None,
     ):
-        self.args, self.device, self.batches, self.panels = args, device, batches, panels
+        self.args, self.arm, self.device = args, arm, device
+        self.batches, self.panels = batches, panels
         self.kept = {name: x for name, x in kept.items() if x is not None}
         stored = {k: v for k, v in vars(args).items() if k not in ("resume", "eval")}
         self.facts = dict(
-            script=f"train_{kind}", args=stored, model_config=kept["model"].config,
+            script=script, args=stored, model_config=kept["model"].config,
             classes=train_set.classes, listing=listing(train_set), images=batches.length,
             processes=batches.world,
         )  # fmt: skip
-        self.arm = networks.arm_of(args)
         self.epoch = self.step = 0
         self.seconds, self.history, self.sums = 0.0, [], {}
-        # Reading a number off the GPU waits for it, so there it is looked at now and then only.
-        self.look_every = 1 if device.type == "cpu" else 20
+        # Reading a number from the GPU waits for all its work, so there we do it only now and then.
+        self.read_every = 1 if device.type == "cpu" else 20
         self.total_steps = args.epochs * len(batches)
         self.warmup_steps = round(args.warmup_epochs * len(batches))
         if self.warmup_steps >= self.total_steps:
-            fail(f"--warmup-epochs {args.warmup_epochs} leaves no step to train; make it smaller")
+            raise UserError(
+                f"--warmup-epochs {args.warmup_epochs} leaves no step to train; make it smaller"
+            )
         if checkpoint:
             self.restore(checkpoint)
-        stem = f"{kind}-{args.model}-{self.arm}-{args.opt}"
+        stem = f"{script.removeprefix('train_')}-{args.model}-{arm}-{args.opt}"
         self.out = files.run_folder(args.out, stem, args.seed, args.resume)
         if main_process():
             files.make_folder(self.out)
@@ -93,9 +94,9 @@ class Run:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self.receive)
         self.started = time.time()
-        if args.resume and args.out:  # a folder of its own is whole from the start
+        if args.resume and args.out:  # a resumed run in a new folder: write what it has so far
             if dist.is_initialized():
-                dist.barrier()  # until all have seen that it had none
+                dist.barrier()  # until every process has seen that the folder held no run
             self.write()
 
     @property
@@ -114,8 +115,9 @@ class Run:
             if left:
                 self.leave_if_asked()
 
-    def looks(self, step: int) -> bool:
-        return step % self.look_every == 0 or step == len(self.batches)
+    def reads_after(self, step: int) -> bool:
+        """Whether numbers are read from the device after this step of the epoch."""
+        return step % self.read_every == 0 or step == len(self.batches)
 
     def steps(self, loader: DataLoader) -> Iterator[list]:
         title = f"epoch {self.epoch + 1}/{self.args.epochs}"
@@ -125,7 +127,7 @@ class Run:
             torch.manual_seed(mixed_seeds(1, *numbers)[0])  # for MixUp, CutMix and drop-path
             yield on_device(batch, self.device)
             self.step += 1
-            if self.looks(self.step):
+            if self.reads_after(self.step):
                 bar.set_postfix(loss=f"{self.sums['loss'].item() / self.step:.3f}")
                 if self.step < len(self.batches):
                     self.leave_if_asked()
@@ -135,31 +137,28 @@ class Run:
         """Add a step's numbers to the epoch's sums. Call it before the optimizer's step."""
         for name, x in numbers.items():
             self.sums[name] = self.sums.get(name, 0) + x.detach()
-        if self.looks(self.step + 1):
-            # of all processes: they must leave together
+        if self.reads_after(self.step + 1):
+            # the sums of all processes, because they must leave together
             sums = mean_over_processes(torch.stack(list(self.sums.values()))).tolist()
             for name, value in zip(self.sums, sums):
                 if not math.isfinite(value):
                     self.break_off(f"the {name} is {value}")
 
     def end_epoch(self, **measured: float | None) -> dict:
-        """Log, picture and checkpoint of an epoch. Returns its row of the log."""
+        """Write log, picture and checkpoint of an epoch. Returns its row of the log."""
         images = (self.step - self.batches.first) * self.batches.batch_size
         rate = images / (self.steps_ended - self.epoch_started)
         minutes = (self.seconds + time.time() - self.started) / 60
         row = dict(epoch=self.epoch + 1)
         row |= {k: mean_over_processes(x).item() / self.step for k, x in self.sums.items()}
         row |= measured | dict(images_per_s=round(rate, 1), minutes=round(minutes, 3))
-        for name, value in measured.items():  # of weights so large that their output is not finite
-            if value is not None and not math.isfinite(value):
-                self.break_off(f"the {name} is {value}")
         self.history.append(row)
         self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
         self.write()
         return row
 
     def write(self) -> None:
-        """All files of the folder, of the epochs so far."""
+        """Write all files of the folder, for the epochs so far."""
         self.save()
         if main_process() and self.history:
             files.write_log(self.out / "log.jsonl", self.history)
@@ -169,16 +168,16 @@ class Run:
     # ---- interruption ----------------------------------------------------------------------------
 
     def receive(self, number: int, frame) -> None:
-        """Ctrl-C, SIGTERM or a closed terminal: noted, for the loop to heed. A second Ctrl-C ends
-        the program at once; SIGTERM comes twice where the batch system and torchrun both send it.
+        """Note Ctrl-C, SIGTERM or a closed terminal; the loop acts on it. A second Ctrl-C ends the
+        program at once, but a second SIGTERM does not: a batch system and torchrun both send one.
         """
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def leave_if_asked(self) -> None:
-        """On Ctrl-C or SIGTERM save, unless saved just now, and end with the shell's usual code."""
+        """After Ctrl-C or SIGTERM save, unless that was just done, and raise KeyboardInterrupt."""
         number = torch.tensor(self.signal, device=self.device)
-        if dist.is_initialized():  # at the same step, or the others wait for this one for ever
+        if dist.is_initialized():  # all leave at the same step, or some would wait for the others
             dist.all_reduce(number, dist.ReduceOp.MAX)
         if not number:
             return
@@ -187,14 +186,14 @@ class Run:
         where = f"epoch {self.epoch + 1}, step {self.step}"
         say(f"stopped at {where}; continue with --resume {self.out / 'last.pt'}")
         if dist.is_initialized():
-            dist.barrier()  # torchrun ends all when the first leaves: save before that
-        raise SystemExit(128 + int(number))
+            dist.barrier()  # torchrun ends all processes when the first one leaves: save before
+        raise KeyboardInterrupt(int(number))
 
-    def break_off(self, what: str) -> None:
-        """End a run that has gone wrong; what was saved before is good and stays."""
+    def break_off(self, problem: str) -> None:
+        """End a run that has gone wrong; the last checkpoint was good and stays."""
         last = self.out / "last.pt"
-        fail(
-            f"{what} at epoch {self.epoch + 1}, step {self.step + 1}; "
+        raise UserError(
+            f"{problem} at epoch {self.epoch + 1}, step {self.step + 1}; "
             f"{f'{last} is kept' if last.exists() else 'nothing saved yet'}. Usual causes: --lr "
             f"{self.args.lr:g} too large, --warmup-epochs too short, gradients not clipped",
             code=1,
@@ -202,7 +201,7 @@ class Run:
 
     def save(self) -> None:
         sums = {name: mean_over_processes(x).item() for name, x in self.sums.items()}
-        # The step taken since the last look may have broken the weights: not worth keeping.
+        # The steps since the last look at the loss may have broken the weights: keep the old file.
         weights = [
             p for x in self.kept.values() if isinstance(x, nn.Module) for p in x.parameters()
         ]
@@ -218,30 +217,32 @@ class Run:
     def restore(self, checkpoint: dict) -> None:
         had, has = checkpoint["images"], self.facts["images"]
         if (had, checkpoint["listing"]) != (has, self.facts["listing"]):
-            others = f"others, as many ({has})" if had == has else f"{has}"
-            fail(
+            others = f"{has} others" if had == has else f"{has}"
+            raise UserError(
                 f"--resume {self.args.resume}: that run had {had} training images, this folder has "
-                f"{others}; give it the same"
+                f"{others}; give it the same images"
             )
         had, has = checkpoint["processes"], self.facts["processes"]
         if had != has:  # a preempted job may come back with others
             say(f"note    {had} processes before, {has} now: the same batches, but other random")
             say("        numbers for MixUp, CutMix and drop-path than in an uninterrupted run")
-        for name, x in self.kept.items():
-            networks.load_(x, checkpoint.get(name), checkpoint)
-        self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
-        self.seconds, self.history = checkpoint["seconds"], checkpoint["history"]
-        needed = self.panels.keys() | {"minutes"} if self.epoch else set()
-        last = self.history[-1] if self.history else dict(epoch=0)
-        if not (
-            all(map(is_row, self.history))
-            and all(type(x) is float for x in checkpoint["sums"].values())
-            and last.get("epoch") == self.epoch
-            and needed <= last.keys()
-            and self.step < len(self.batches)
-        ):
-            fail(f"checkpoint {self.args.resume} is damaged: its history is not of its epochs")
-        self.sums = {k: torch.tensor(v, device=self.device) for k, v in checkpoint["sums"].items()}
+        try:
+            for name, x in self.kept.items():
+                if isinstance(x, Tensor):
+                    x.copy_(checkpoint[name])
+                else:
+                    x.load_state_dict(checkpoint[name])
+            self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
+            self.seconds, self.history = checkpoint["seconds"], checkpoint["history"]
+            sums = checkpoint["sums"].items()
+            self.sums = {name: torch.tensor(x, device=self.device) for name, x in sums}
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise UserError(
+                f"checkpoint {self.args.resume} is damaged or of another version "
+                f"({type(error).__name__}: {str(error)[:200]}); use another"
+            ) from error
 
     # ---- what a person reads ---------------------------------------------------------------------
 
@@ -263,8 +264,8 @@ class Run:
             say(f"resume  {a.resume} at epoch {self.epoch + 1}, step {self.step}")
 
     def describe_memory(self, network: nn.Module, *shapes: tuple[int, ...]) -> None:
-        """Print an estimate of what a step holds; shapes: of one image in each input of network."""
+        """Print an estimate of the memory of a step; shapes: of one image in each of its inputs."""
         a = self.args
-        if not a.checkpoint_activations:  # which autograd does not tell of
+        if not a.checkpoint_activations:  # which autograd does not report
             at_once = a.batch_size // (self.batches.world * a.grad_accum)
             say_memory(network, shapes, at_once, a.opt, self.device, a.amp)

@@ -27,7 +27,7 @@ from minskip import PRESETS, ViT
 try:
     from timm.models import VisionTransformer
 except ImportError:
-    cli.fail("timm is missing; pip install -r requirements-dev.txt")
+    raise UserError("timm is missing; pip install -r requirements-dev.txt")
 
 
 OURS = ["residual", "skipless"]
@@ -84,7 +84,7 @@ def main() -> None:
     add("--compile", action="store_true", help="torch.compile all three")
     args = p.parse_args()
     if args.steps < 2 or args.image_size % 16:
-        cli.fail("--steps must be at least 2, --image-size a multiple of 16")
+        raise UserError("--steps must be at least 2, --image-size a multiple of 16")
     device, _, _ = engine.start_processes(args.device)
     precision = "bf16" if engine.uses_bf16(device, "auto") else "float32"
     mode = "compiled" if args.compile else "eager"

@@ -25,7 +25,7 @@ from soap import SOAP
 try:
     from pytorch_optimizer import SOAP as PeerSOAP
 except ImportError:
-    cli.fail("pytorch-optimizer is missing; pip install -r requirements-dev.txt")
+    raise UserError("pytorch-optimizer is missing; pip install -r requirements-dev.txt")
 
 
 def main() -> None:

@@ -26,8 +26,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 
-from cli import CORES, BadInput, fail
-from engine import progress
+from support.errors import UserError
+from support.processes import progress
+
+CORES = min(8, os.cpu_count() or 1)
 
 # What a seed is for comes first among the numbers it is made of, so that no two uses coincide.
 ORDER, IMAGES, STEP = 1, 2, 3
@@ -45,87 +47,75 @@ def mixed_seeds(count: int, *numbers: int) -> list[int]:
 
 @contextmanager
 def decoding(path: str | Path, what: str = "image") -> Iterator[None]:
-    """Raises BadInput, naming the file, where Pillow cannot read it."""
-    if Path(path).is_fifo():  # to open it would wait for ever
-        raise BadInput(f"cannot read {what} {path} (a pipe); remove it")
+    """Raises UserError, naming the file, where Pillow cannot read it."""
     try:
         yield
-    except (BadInput, MemoryError):
+    except (UserError, MemoryError):
         raise
-    except Exception as error:  # whatever a broken file makes Pillow stumble over
-        advice = "replace it, since a run to be resumed needs as many"
-        raise BadInput(f"cannot read {what} {path} ({error}); {advice}") from error
+    except Exception as error:  # a broken file may make Pillow raise anything
+        advice = "replace it; a run that is to be resumed needs the same number of images"
+        raise UserError(f"cannot read {what} {path} ({error}); {advice}") from error
 
 
 def open_rgb(path: str) -> Image.Image:
     """Read an image file as RGB, turned as its EXIF tag says.
 
-    Greyscale and palette images are converted, 16 bits a pixel scaled to 8: Pillow would clip them.
+    Greyscale and palette images are converted; 16 bits per pixel are scaled to 8, because Pillow
+    would clip them.
 
-    Raises BadInput, naming the file, where it cannot be decoded, or has numbers of unknown range.
+    Raises UserError, naming the file, where it cannot be decoded, or has numbers of unknown range.
     """
     with decoding(path), Image.open(path) as image:
         if image.mode in ("I", "F"):
-            raise BadInput(f"image {path} has 32 bits a pixel; save it with 8 or 16")
+            raise UserError(f"image {path} has 32 bits per pixel; save it with 8 or 16")
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         return image.convert("RGB")
 
 
-LOOKED_THROUGH = 20_000  # images; with more every start would take long if each were looked at
+CHECKED_ALL = 20_000  # images; of a larger set only a sample is checked, to keep the start short
 
 
 def image_sizes(paths: list[str]) -> list[tuple[int, int]]:
-    """(height, width) of images; the first unreadable one ends the program."""
-
-    def size(path: str) -> tuple[int, int] | str:
-        try:
-            return open_rgb(path).size[::-1]
-        except BadInput as error:
-            return str(error)
-
-    sizes = []
-    with ThreadPoolExecutor(CORES) as pool:  # each may hold a very large image
-        for found in progress(pool.map(size, paths), "checking images", total=len(paths)):
-            if isinstance(found, str):
-                pool.shutdown(cancel_futures=True)
-                fail(found)
-            sizes.append(found)
-    return sizes
+    """(height, width) of images. Raises UserError at the first unreadable one."""
+    pool = ThreadPoolExecutor(CORES)  # no more: each thread may hold a very large image
+    sizes = pool.map(lambda path: open_rgb(path).size[::-1], paths)
+    try:
+        return list(progress(sizes, "checking images", total=len(paths)))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def check_images(paths: list[str]) -> None:
-    """End the program at the first unreadable image, before training has begun.
+    """Raises UserError at the first unreadable image, before training has begun.
 
-    Of more than `LOOKED_THROUGH` a sample; another that is damaged stops the run when it is met.
+    Checks a sample of more than `CHECKED_ALL`; a damaged image outside it stops the run when the
+    run comes to it.
     """
-    image_sizes(paths[:: len(paths) // 2000] if len(paths) > LOOKED_THROUGH else paths)
+    image_sizes(paths[:: len(paths) // 2000] if len(paths) > CHECKED_ALL else paths)
 
 
 def image_folder(root: str, split: str) -> ImageFolder:
-    """`ROOT/split/<class>/*` as torchvision's ImageFolder, or an end with one clear line."""
+    """`ROOT/split/<class>/*` as torchvision's ImageFolder. Raises UserError where it is not so."""
     folder = Path(root) / split
     layout = f"expected ROOT/{split}/<class>/<image files>"
     if not Path(root).is_dir():
-        fail(f"--data {root}: no such folder")
+        raise UserError(f"--data {root}: no such folder")
     if not folder.is_dir():
-        fail(f"--data {root}: no folder {folder}; {layout}")
-    seen = {}  # every folder is reached once, or images would count twice, or without end
-    for place, _, _ in os.walk(folder, followlinks=True):
-        if (first := seen.setdefault(os.path.realpath(place), place)) != place:
-            fail(f"--data {root}: {place} is the same folder as {first}; remove one of the links")
+        raise UserError(f"--data {root}: no folder {folder}; {layout}")
     try:
         return ImageFolder(str(folder), loader=open_rgb)
     except FileNotFoundError as error:  # no class folder, or one without images
-        fail(f"--data {root}: {str(error).splitlines()[0].rstrip('.')}; {layout}")
+        problem = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"--data {root}: {problem}; {layout}") from error
 
 
 def image_folders(root: str, check: bool, need_val: bool = True):
     """(train, val) under ROOT, with the same classes and readable images.
 
-    need_val: False gives None for a val/ that is not there. check: False leaves the images
-    unread; of several processes one is enough.
+    need_val: False returns None where there is no val/. check: False leaves the images unread,
+    because one of several processes is enough to check them. Raises UserError.
     """
     train, val = image_folder(root, "train"), None
     if need_val or (Path(root) / "val").is_dir():
@@ -133,7 +123,7 @@ def image_folders(root: str, check: bool, need_val: bool = True):
         if train.classes != val.classes:
             only_train = sorted(set(train.classes) - set(val.classes))
             only_val = sorted(set(val.classes) - set(train.classes))
-            fail(
+            raise UserError(
                 f"--data {root}: train/ and val/ must hold the same classes; only in train: "
                 f"{only_train[:3]}, only in val: {only_val[:3]}"
             )
@@ -144,11 +134,11 @@ def image_folders(root: str, check: bool, need_val: bool = True):
 
 def listing(dataset: Dataset) -> str:
     """A hash of the names of a folder's images, their classes and, where there are at most
-    `LOOKED_THROUGH`, their sizes in bytes; "" of synthetic ones."""
+    `CHECKED_ALL`, their sizes in bytes; "" for synthetic images."""
     if not isinstance(dataset, ImageFolder):
         return ""
-    start = len(dataset.root)  # cut off as text: there may be a million
-    size = os.path.getsize if len(dataset) <= LOOKED_THROUGH else lambda path: ""
+    start = len(dataset.root)  # cut off as text, because there may be a million paths
+    size = os.path.getsize if len(dataset) <= CHECKED_ALL else lambda path: ""
     names = [f"{path[start:]}\t{label}\t{size(path)}\n" for path, label in dataset.samples]
     return hashlib.sha256("".join(names).encode("utf-8", "surrogateescape")).hexdigest()
 
@@ -161,7 +151,7 @@ def listing(dataset: Dataset) -> str:
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set here
 
 
-@functools.cache  # once a device: making a tensor on a GPU in every step would wait for the GPU
+@functools.cache  # once per device: making a tensor on a GPU in every step would wait for the GPU
 def channel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     return tuple(torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD))
 
@@ -268,22 +258,22 @@ class Batches:
 
 
 def start_worker(_: int) -> None:
-    # Ctrl-C goes to every process of the terminal; the main process alone decides what it means.
-    # A batch system sends SIGTERM to all of them too. They end when the main process does.
+    # Ctrl-C reaches every process of the terminal, and a batch system sends SIGTERM to all of them.
+    # Only the main process decides what it means; the workers end when it does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @atexit.register
 def end_workers() -> None:
-    """Those that an error has left: multiprocessing asks them by SIGTERM and waits for ever."""
+    """Kill leftover workers: they ignore SIGTERM, so Python would wait for them forever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for a failure
     for worker in multiprocessing.active_children():
-        if worker.daemon:  # as a loader's are
+        if worker.daemon:  # as a loader's workers are
             worker.kill()
 
 
-LOADER_PATIENCE = 900  # seconds for a batch; a worker that died with a lock is waited for in vain
+LOADER_PATIENCE = 900  # seconds for a batch, or a worker that died holding a lock blocks forever
 
 
 def make_loader(

@@ -5,9 +5,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import normalise
-from engine import autocast, mean_over_processes, on_device, progress
 from minskip import ViT
+from support.data import normalise
+from support.processes import autocast, mean_over_processes, on_device, progress
 
 
 @torch.no_grad()

@@ -1,0 +1,158 @@
+"""The arms of a comparison: every network of this project by name, fresh or from a checkpoint.
+
+An arm is a network as it enters a comparison: `residual`, or `skipless-` and its init. After a +
+come the parts of `variants.py` that it uses, as in `skipless-paper+none+e-spa+tat`.
+"""
+
+import argparse
+from collections.abc import Iterable
+
+import torch
+
+from beyond.identity_init import COUNTS_ON, NEEDS, identity_init_
+from beyond.variants import CHOICES, GRID_ATTENTIONS, STARTS, differing, start_, vary_
+from minskip import PRESETS, ViT, conditioned_init_
+from support.errors import UserError
+
+ARMS = ["residual", "skipless-default", "skipless-paper", "skipless-identity"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Names
+# --------------------------------------------------------------------------------------------------
+
+
+def arm_of(args: argparse.Namespace) -> str:
+    """The name of a run's arm; a residual network with another init than the default is not one of
+    `ARMS`."""
+    start = f"skipless-{args.init}" if args.skipless else "residual"
+    if not args.skipless and args.init != "default":
+        start += f"-{args.init}"
+    return "+".join([start, *differing(vars(args)).values()])
+
+
+def parts_of(arm: str) -> tuple[str, dict[str, str]]:
+    """An arm's name without its variants, and these: norm, attention and activation."""
+    start, *words = arm.split("+")
+    return start, {name: word for word in words for name in CHOICES if word in CHOICES[name]}
+
+
+def ARM(text: str) -> str:
+    """The type of a flag that names an arm."""
+    start, varied = parts_of(text)
+    if start not in ARMS or len(varied) < text.count("+"):
+        parts = ", ".join(word for words in CHOICES.values() for word in words)
+        raise argparse.ArgumentTypeError(
+            f"{text} is no arm: {', '.join(ARMS)}, then + and each of {parts}"
+        )
+    return text
+
+
+# --------------------------------------------------------------------------------------------------
+# Settings of a trainer that follow from its network
+# --------------------------------------------------------------------------------------------------
+
+
+def complete(args: argparse.Namespace, given: Iterable[str], init_of: dict[str, str]) -> None:
+    """Set what --skipless, --init, --norm and --attention imply for other settings, in place.
+
+    given: names of the flags on the command line, which stay as they are. init_of: size of the
+    model -> init of a skipless network. Raises UserError where the settings contradict each other.
+    """
+
+    def imply(**settings) -> None:
+        vars(args).update({k: v for k, v in settings.items() if k not in given})
+
+    W_Q, _, W_V, _ = STARTS[args.attention]
+    if args.skipless:
+        init = "paper" if differing(vars(args)) else init_of[args.model]
+        imply(init=init, drop_path=0.0)  # a dropped sub-block would leave nothing of the image
+    if args.norm == "none" or W_V == "orthogonal":
+        imply(c=1.0)  # no norm cancels it: c = 3 would make tokens of size 1e9
+    if args.attention in GRID_ATTENTIONS:
+        imply(pool="mean")
+    if args.init == "identity":
+        imply(**COUNTS_ON)
+    args.depth = args.depth or PRESETS[args.model]["depth"]
+
+    for name, start in (("alpha", W_Q), ("beta", W_Q), ("c", W_V)):
+        if name in given and start != "as --init":
+            raise UserError(f"--{name} is not part of --attention {args.attention}; leave it out")
+        if name in given and args.init != "paper":
+            raise UserError(f"--{name} is not part of --init {args.init}; leave it out")
+    if args.drop_path and args.skipless:
+        raise UserError("--drop-path needs skip connections: leave it out with --skipless")
+    if args.warmup_epochs >= args.epochs:
+        raise UserError(
+            f"--warmup-epochs {args.warmup_epochs} must be less than --epochs {args.epochs}"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# Networks
+# --------------------------------------------------------------------------------------------------
+
+
+def initialise_(model: ViT, init: str, alpha: float, beta: float, c: float) -> ViT:
+    """The weights that --init asks for, in place; a `ViT` is born with the default ones."""
+    if init == "paper":
+        conditioned_init_(model, alpha, beta, c)
+    elif init == "identity":
+        identity_init_(model)
+    return start_(model)
+
+
+def fresh_arm(
+    arm: str, alpha: float = 2.0, beta: float = 0.6, c: float | None = None, **shape
+) -> ViT:
+    """A fresh network of an arm. shape: `ViT`'s arguments; by default what the init counts on.
+
+    c: of the paper's init [3; 1 without norms]. Raises UserError for what does not fit together.
+    """
+    start, varied = parts_of(arm)
+    init = start.removeprefix("skipless-") if start != "residual" else "default"
+    c = c or (1.0 if varied.get("norm") == "none" else 3.0)
+    if varied.get("attention") in GRID_ATTENTIONS:
+        shape = dict(pool="mean") | shape
+    if init == "identity":
+        shape = COUNTS_ON | NEEDS | shape
+    try:
+        model = vary_(ViT(**shape, residual=start == "residual"), **varied)
+        return initialise_(model, init, alpha, beta, c)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def rebuilt(checkpoint: dict) -> ViT:
+    """The network of a checkpoint, its weights yet to come."""
+    config = checkpoint["model_config"]
+    varied = differing(config)
+    return vary_(ViT(**{k: v for k, v in config.items() if k not in varied}), **varied)
+
+
+def trained_vit(checkpoint: dict) -> ViT:
+    """The network of a checkpoint, rebuilt from it alone; with averaged weights, if it has any.
+
+    Raises UserError for a checkpoint of another version.
+    """
+    weights = checkpoint["model"]
+    if checkpoint.get("ema") is not None:
+        weights = {k.removeprefix("module."): v for k, v in checkpoint["ema"].items()}
+        weights.pop("n_averaged")
+    try:
+        model = rebuilt(checkpoint)
+        model.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"checkpoint {checkpoint['path']} is of another version ({str(error)[:200]}); "
+            "use one of its own"
+        ) from error
+    return model
+
+
+def untrained_vit(checkpoint: dict) -> ViT:
+    """The network of a checkpoint as it was before training, with the very weights of its seed."""
+    had = checkpoint["args"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(had["seed"])
+        return initialise_(rebuilt(checkpoint), had["init"], had["alpha"], had["beta"], had["c"])
