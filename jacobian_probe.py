@@ -1,98 +1,276 @@
-"""See what skip connections do for gradients: networks with and without them, block by block.
+"""What skip connections do for gradients, block by block, in networks with them and without.
 
-    python jacobian_probe.py                                     at initialisation, on the CPU
-    python jacobian_probe.py --depths 12 24 48 --seeds 1         does it hold with depth?
+    python jacobian_probe.py                                  at initialisation; 2 minutes on a CPU
+    python jacobian_probe.py --depths 12 24 48 --seeds 1      does it hold for deeper networks?
     python jacobian_probe.py --model small --image-size 224 --patch-size 16 --images 2 --seeds 1
     python jacobian_probe.py --checkpoint runs/a/last.pt runs/b/last.pt      trained networks
 
-What is measured first is what skips are said to be for, **gradient norms**: the norm of the loss's
-gradient by the tokens after each block, and by each weight matrix apart. Apart, because one norm
-misleads: where an image's tokens have become alike, the gradients of W_Q and W_K are zero while
-those of W_V and the MLP are not. Then what explains them: how alike the tokens are, whom they
-attend to, the condition of the Jacobians K that a skipless network multiplies, of the K + I that a
-residual one does, and of their product J from each block to the output; and the size of J, the
-averaged partial Jacobian norm (APJN), beside its theory.
+Skips are said to help gradients, so their norms come first: with respect to the tokens after each
+block, and to each weight matrix by itself, because a single norm misleads: once all tokens are
+alike, W_Q and W_K get no gradient, while W_V and the MLP still do. Then come possible explanations.
+A residual network multiplies factors K + I, a skipless one bare K, the Jacobian of a sub-block. The
+probe measures condition numbers (kappa) of K, of K + I and of their product J from each block to
+the output; the size of J (APJN); how much the tokens differ, and attend to themselves.
 
-Prints two tables and a conclusion a network; writes OUT/probe.png (everything in one picture) and
-OUT/probe.json (the numbers). `--explain` says what each column and panel means.
+Prints two tables and a conclusion per network; writes OUT/probe.png and OUT/probe.json.
+docs/probe.md explains every panel and column, and what to see in them.
 
-Sources: the view through K is Ji et al., "Cutting the Skip" (arXiv 2510.00345); the APJN and its
-recursion see `theory.py`; singular values of the attention's output are from "Convergence of
-Gradient Descent on Transformers with Residual Connections" (arXiv 2506.05249).
+Sources: Ji et al., "Cutting the Skip" (arXiv 2510.00345) for K and K + I; "Convergence of Gradient
+Descent on Transformers with Residual Connections" (arXiv 2506.05249) for kappa of the attention's
+output; beyond/theory.py for the APJN.
 """
 
 import argparse
 import json
+import math
 import statistics
 import textwrap
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from einops import einsum, rearrange
+from matplotlib.ticker import LogLocator, MaxNLocator
+from torch import Tensor, nn
 
-import cli
-import engine
-import files
-import jacobians
-import networks
-import pictures
-from data import augmentations, image_folder, normalise
-from jacobians import CONDITIONS, LARGEST, apjn, condition_number
-from minskip import PRESETS, Block, ViT
-from shapes import draw_shapes
-from theory import theory_of
+from beyond.arms import ARM, ARMS, fresh_arm, trained_vit, untrained_vit
+from beyond.theory import theory_of
+from minskip import MLP, PRESETS, Attention, Block, ViT
+from support import pictures
+from support.data import augmentations, image_folder, normalise
+from support.errors import UserError, errors_in_one_line
+from support.files import load_checkpoint, make_folder, write_atomically
+from support.flags import COUNT, NAME, NOT_NEGATIVE, PATH, Parser, flag_of
+from support.pictures import plt
+from support.processes import progress, start_processes
+from support.shapes import draw_shapes
 
 # --------------------------------------------------------------------------------------------------
-# What is measured
+# Gradient norms
 # --------------------------------------------------------------------------------------------------
 
 MATRICES = "attention.W_Q attention.W_K attention.W_V attention.W_O mlp.fc1 mlp.fc2".split()
 
 
 def gradient_norms(model: ViT, tokens: list[Tensor], labels: Tensor) -> dict[str, list[float]]:
-    """Norm of the loss's gradient by the tokens h^0 .. h^L and by each weight matrix of each block.
+    """Norms of the gradient of the loss, the mean cross-entropy: with respect to the tokens
+    h^0 .. h^L, and to each weight matrix of each block.
 
-    tokens: (batch, token, dim) each, connected by a graph. The loss is the mean cross-entropy.
+    tokens: h^0 .. h^L, (batch, token, dim) each, with their graph.
     """
     loss = F.cross_entropy(model.classify(tokens[-1]), labels)
     if not loss.isfinite():
         raise UserError(f"the loss of this network is {loss.item()}: nothing can be measured on it")
-    by = {"g(tokens)": tokens}
+    variables = {"g(tokens)": tokens}
     for path in MATRICES:
         weights = [block.get_submodule(path).weight for block in model.blocks]
-        by[f"g({path.split('.')[1]})"] = weights
-    gradients = torch.autograd.grad(loss, [x for xs in by.values() for x in xs], retain_graph=True)
-    norms = iter(gradients)
-    return {key: [next(norms).norm().item() for _ in xs] for key, xs in by.items()}
+        variables[f"g({path.split('.')[1]})"] = weights
+    together = [x for xs in variables.values() for x in xs]
+    norms = (g.norm().item() for g in torch.autograd.grad(loss, together, retain_graph=True))
+    return {name: [next(norms) for _ in xs] for name, xs in variables.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# K, the Jacobian of a sub-block
+# (at the output of its LayerNorm, which by itself has two zero singular values per token)
+# --------------------------------------------------------------------------------------------------
+
+
+def attention_of(attention: Attention, y: Tensor) -> Tensor:
+    """attention(y), (token, dim) -> (token, dim), by way of the attention matrix: unlike the fused
+    kernel this can be differentiated in every way."""
+    mixed = attention.weights(y[None]) @ attention.queries_keys_values(y[None])[2]
+    return attention.W_O(rearrange(mixed, "1 head token dim -> token (head dim)"))
+
+
+@torch.no_grad()
+def attention_jacobian(attention: Attention, y: Tensor) -> Tensor:
+    """K = d attention(y) / d y in closed form, (n d, n d), rows the outputs; y is (token, dim).
+
+    Per head, q = y W_Q + b_Q and so on, P = softmax(q k^T / sqrt(d_h)), Y = v W_O:
+
+        value   d out_a / d y_b += P_ab W_V W_O
+        query   d out_a / d y_a += sum_b P_ab (W_Q k_b) (Y_b - (P Y)_a)^T / sqrt(d_h)
+        key     d out_a / d y_b += P_ab (W_K q_a) (Y_b - (P Y)_a)^T / sqrt(d_h)
+
+    The attentions of `variants.py` have other equations, so they are differentiated automatically.
+    """
+    if type(attention) is not Attention:
+        K = torch.func.jacrev(lambda y: attention_of(attention, y))(y)
+        return rearrange(K, "a i b j -> (a i) (b j)")
+    heads = dict(head=attention.num_heads)
+    W_Q, W_K, W_V = (
+        rearrange(W.weight, "(head dim) model -> head model dim", **heads)
+        for W in (attention.W_Q, attention.W_K, attention.W_V)
+    )
+    W_O = rearrange(attention.W_O.weight, "model (head dim) -> head dim model", **heads)
+    q, k, v = attention.queries_keys_values(y[None])[:, 0]  # (head, token, d_h) each
+    P, Y = attention.weights(y[None])[0], v @ W_O
+    centred = Y[:, None] - (P @ Y)[:, :, None]  # Y_b - (P Y)_a, (head, a, b, dim)
+    scale = 1 / math.sqrt(q.shape[-1])
+    K = einsum(P, W_V @ W_O, "h a b, h j i -> a i b j")
+    K += scale * einsum(P, q @ W_K.mT, centred, "h a b, h a j, h a b i -> a i b j")
+    query = scale * einsum(P, k @ W_Q.mT, centred, "h a b, h b j, h a b i -> a i j")
+    diagonal = torch.arange(len(y))
+    K[diagonal, :, diagonal, :] += query
+    return rearrange(K, "a i b j -> (a i) (b j)")
+
+
+@torch.no_grad()
+def mlp_jacobians(mlp: MLP, y: Tensor) -> Tensor:
+    """d mlp(y) / d y for each token, (token, d, d), rows the outputs: the blocks on the diagonal of
+    the MLP's K, which is zero elsewhere."""
+    z = mlp.fc1(y)
+    slope = torch.func.grad(lambda z: mlp.activation(z).sum())(z)
+    return einsum(mlp.fc2.weight, slope, mlp.fc1.weight, "i h, t h, h j -> t i j")
+
+
+# --------------------------------------------------------------------------------------------------
+# K + I, the product J, their condition numbers, and the size of J (APJN)
+# --------------------------------------------------------------------------------------------------
+
+DENSE_LIMIT = 1200  # largest n d (tokens times width) for which K is formed: 11 MB, 0.2 s an SVD
+MLP_TOKENS = 8  # beyond it, about as many tokens stand for all in kappa of the MLP's K
+LARGEST = 1e15  # beyond it, a condition number in float64 is rounding
+CONDITIONS = ["k(K)", "k(K+I)", "k(MLP)", "k(MLP+I)"]
+
+
+def condition_number(singular: Tensor) -> float:
+    """kappa, the largest over the smallest of some singular values, at most `LARGEST`."""
+    largest, smallest = singular.max().item(), singular.min().item()
+    return min(largest / smallest, LARGEST) if smallest > 0 else LARGEST
+
+
+@torch.no_grad()
+def krylov_stretches(f: Callable[[Tensor], Tensor], y: Tensor, steps: int = 20) -> Tensor:
+    """Singular values of J = df/dy on the space spanned by v, J^T J v, (J^T J)^2 v ..., v random.
+
+    They lie between J's own: the largest is close to sigma_max, the smallest only an upper bound of
+    sigma_min, so their ratio is a lower bound of kappa(J). J is never formed. (scipy's `svds` looks
+    for sigma_min itself: without skips it had found none after ten times as many products.)
+    """
+    _, times_J_T = torch.func.vjp(f, y)  # u -> (J^T u,)
+    _, times_J = torch.func.vjp(lambda u: times_J_T(u)[0], torch.zeros_like(y))  # its own transpose
+    Q = F.normalize(torch.randn(y.numel(), 1).to(y), dim=0)  # orthonormal columns, one per step
+    stretched = []
+    for _ in range(steps):
+        (J_q,) = times_J(Q[:, -1].view_as(y))
+        stretched.append(J_q.flatten())
+        Q = torch.linalg.qr(torch.column_stack([Q, times_J_T(J_q)[0].flatten()])).Q
+    return torch.linalg.svdvals(torch.stack(stretched))
+
+
+@torch.no_grad()
+def conditioning(block: Block, x: Tensor) -> dict[str, float]:
+    """kappa of the attention's K and K + I, and of the MLP's, for one image's x, (token, dim).
+
+    Exact up to n d = DENSE_LIMIT, lower bounds beyond.
+    """
+    y = block.norm1(x)
+    attended = block.attention(y[None])[0]
+    z = block.norm2(x + attended if block.residual else attended)
+    if x.numel() <= DENSE_LIMIT:
+        K = attention_jacobian(block.attention, y)
+        singular = [torch.linalg.svdvals(J) for J in (K, K + torch.eye(len(K)).to(K))]
+    else:
+        singular = [
+            krylov_stretches(lambda y: attention_of(block.attention, y) + r * y, y)  # noqa: B023
+            for r in (0, 1)
+        ]
+        z = z[:: max(1, len(z) // MLP_TOKENS)]
+    K = mlp_jacobians(block.mlp, z)
+    singular += [torch.linalg.svdvals(J) for J in (K, K + torch.eye(K.shape[-1]).to(K))]
+    return dict(zip(CONDITIONS, map(condition_number, singular)))
+
+
+@torch.no_grad()
+def block_jacobian(block: Block, x: Tensor) -> Tensor:
+    """d block(x) / d x, (n d, n d), rows the outputs; x is (token, dim).
+
+    (M N_2 + r I) (K N_1 + r I), with K and M the Jacobians of attention and MLP, N_1 and N_2 those
+    of their LayerNorms, and r = 1 with skips, 0 without.
+    """
+    n, d = x.shape
+    r = float(block.residual)
+
+    def norm_jacobians(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+        return torch.func.vmap(torch.func.jacrev(norm))(x)
+
+    y = block.norm1(x)
+    h = r * x + block.attention(y[None])[0]
+    K = rearrange(attention_jacobian(block.attention, y), "(a i) (b j) -> a i b j", a=n, b=n)
+    A = einsum(K, norm_jacobians(block.norm1, x), "a i b j, b j k -> a i b k")
+    A += r * torch.eye(n * d).to(x).view_as(A)
+    M = mlp_jacobians(block.mlp, block.norm2(h)) @ norm_jacobians(block.norm2, h)
+    M += r * torch.eye(d).to(x)
+    return rearrange(einsum(M, A, "a l i, a i b k -> a l b k"), "a l b k -> (a l) (b k)")
+
+
+@torch.no_grad()
+def conditioning_to_output(model: ViT, image: Tensor) -> dict[str, list[float]]:
+    """kappa of J = d h^L / d h^l for l = 0 .. L; image is (channel, height, width).
+
+    A LayerNorm removes two directions per token, its mean and its length. So a skipless network's J
+    has at least 2 n zeros among its singular values, and kappa is infinite. For all networks alike,
+    k(J) therefore is the largest over the n (d - 2)-th, and k(J) half the largest over the median.
+    """
+    inputs = model.forward_features(image[None], list(range(len(model.blocks))))
+    n, d = inputs[0].shape[1:]
+    J = torch.eye(n * d).to(inputs[0])
+    kappas = {"k(J)": [1.0], "k(J) half": [1.0]}
+    for block, x in reversed(list(zip(model.blocks, inputs))):
+        if kappas["k(J) half"][0] < LARGEST:  # otherwise it stays: lost rank does not come back
+            J = J @ block_jacobian(block, x[0])
+            singular = torch.linalg.svdvals(J)
+        kappas["k(J)"].insert(0, condition_number(singular[: n * (d - 2)]))
+        kappas["k(J) half"].insert(0, condition_number(singular[: n * d // 2]))
+    return kappas
+
+
+def apjn(tokens: list[Tensor], probes: int = 2) -> list[float]:
+    """J^{L,l} = E ||d h^L / d h^l||_F^2 / (n d) for l = 0 .. L, averaged over the images.
+
+    One backward pass per probe gives every l: for v of random signs, E ||J^T v||^2 = ||J||_F^2.
+    """
+    totals = [0.0] * len(tokens)
+    for _ in range(probes):
+        v = torch.randint(0, 2, tokens[-1].shape, device=tokens[-1].device) * 2.0 - 1
+        gradients = torch.autograd.grad(tokens[-1], tokens, v.to(tokens[-1]), retain_graph=True)
+        for i, g in enumerate(gradients):
+            totals[i] += g.square().mean().item() / probes
+    return totals
+
+
+# --------------------------------------------------------------------------------------------------
+# All numbers of one network
+# --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def token_statistics(x: Tensor) -> dict[str, float]:
-    """How different tokens are, (batch, token, dim), mean over images.
+    """How different the tokens of an image are, (batch, token, dim); the mean over images.
 
-    1-corr: 1 minus the mean cosine of two different tokens. eff.rank: exp of the entropy of the
-    singular values' shares (Roy and Vetterli 2007), of n tokens at most n.
+    1-corr: 1 minus the mean cosine of two different tokens. eff.rank: effective rank, the exp of
+    the entropy of the singular values divided by their sum (Roy and Vetterli 2007); 1 .. n.
     """
     n = x.shape[1]
     unit = F.normalize(x, dim=-1)
     cosine = (unit.sum(1).square().sum(-1) - n) / (n * (n - 1))
     singular = torch.linalg.svdvals(x)
-    shares = singular / singular.sum(-1, keepdim=True)
-    rank = torch.special.entr(shares).sum(-1).exp()
-    apart = (1 - cosine).clamp_min(0)  # rounding may leave less
-    return {"1-corr": apart.mean().item(), "eff.rank": rank.mean().item()}
+    fractions = singular / singular.sum(-1, keepdim=True)
+    rank = torch.special.entr(fractions).sum(-1).exp()
+    difference = (1 - cosine).clamp_min(0)  # rounding can make it negative
+    return {"1-corr": difference.mean().item(), "eff.rank": rank.mean().item()}
 
 
 @torch.no_grad()
 def attention_statistics(block: Block, x: Tensor) -> dict[str, float]:
-    """What the attention makes of a block's input X = x, (batch, token, dim).
+    """What attention makes of a block's input X = x, (batch, token, dim).
 
-    own: the mean diagonal of the attention matrices. k(Z), k(X+Z): kappa of its output, without
-    the skip and with it, median over images.
+    own: mean diagonal of the attention matrices. k(Z), k(X+Z): kappa of attention's output without
+    and with the skip, the median over images.
     """
     y = block.norm1(x)
     Z = block.attention(y)
@@ -103,197 +281,193 @@ def attention_statistics(block: Block, x: Tensor) -> dict[str, float]:
     return result
 
 
-def measure(model: ViT, images: Tensor, labels: Tensor, what: str) -> dict[str, list[float]]:
-    """Column -> its numbers over l = 0 .. L (of tokens) or over the blocks 1 .. L. In float64.
+def measure(model: ViT, images: Tensor, labels: Tensor, title: str) -> dict[str, list[float]]:
+    """Column -> its numbers for l = 0 .. L (of tokens) or for blocks 1 .. L, in float64.
 
-    what: the progress bar's name.
+    title: of the progress bar.
     """
     model = model.eval().double()
     tokens = model.forward_features(images.double(), list(range(len(model.blocks) + 1)))
     result = gradient_norms(model, tokens, labels) | {"APJN": apjn(tokens)}
-    bar = engine.progress(list(zip(model.blocks, tokens)), what, unit=" blocks")
-    by_block = [attention_statistics(b, x) | jacobians.conditioning(b, x[0]) for b, x in bar]
-    for rows in ([token_statistics(x) for x in tokens], by_block):
+    bar = progress(list(zip(model.blocks, tokens)), title, unit=" blocks")
+    of_blocks = [attention_statistics(b, x) | conditioning(b, x[0]) for b, x in bar]
+    for rows in ([token_statistics(x) for x in tokens], of_blocks):
         result |= {key: [row[key] for row in rows] for key in rows[0]}
     return result
 
 
 def medians(runs: list[dict[str, list[float]]]) -> dict[str, list[float]]:
-    """Over the runs that have a column; the first has all."""
+    """Medians over the runs that have a column; the first run has all columns."""
     columns = {key: [run[key] for run in runs if key in run] for key in runs[0]}
     return {key: [statistics.median(x) for x in zip(*lists)] for key, lists in columns.items()}
 
 
+def probe(models: Iterable[ViT], images: Tensor, labels: Tensor, theory: bool, title: str) -> dict:
+    """A network's record: its numbers for each seed, their medians, and the sizes behind them."""
+    runs = []
+    for model in models:
+        model = model.to(images.device)
+        n, d = model.pos_embed.shape[1:]
+        if n < 2:
+            raise UserError("an image is one token: nothing to compare; use a smaller --patch-size")
+        # Any class gives a gradient. A backbone without a head outputs its pooled feature, whose
+        # `dim` numbers stand in for logits.
+        classes = labels % (model.config["num_classes"] or model.config["dim"])
+        numbers = measure(model, images, classes, f"{title}, seed {len(runs)}")
+        if theory:
+            numbers |= dict(zip(THEORY, theory_of(model, model.embed(images.double()))))
+        dense = n * d <= DENSE_LIMIT
+        if dense and not runs:  # the first seed only, as every block needs a large SVD
+            numbers |= conditioning_to_output(model, images[0].double())
+        runs.append(numbers)
+    sizes = dict(depth=len(model.blocks), residual=model.config["residual"], tokens=n)
+    return sizes | dict(exact=dense, medians=medians(runs), runs=runs)
+
+
 # --------------------------------------------------------------------------------------------------
-# What a person sees
+# What is shown: tables, conclusions, the picture
 # --------------------------------------------------------------------------------------------------
 
 GRADIENTS = "g(tokens) g(W_Q) g(W_K) g(W_V) g(W_O) g(fc1) g(fc2) APJN k(J)".split()
 STATE = ["1-corr", "eff.rank", "own", *CONDITIONS, "k(Z)", "k(X+Z)"]
 THEORY = ["APJN pair", "APJN scalar"]
-WITH_THEORY = ["residual", "skipless-default"]  # the theory is of the default init
-
-PANELS = {  # title -> columns; the first is drawn solid, the second dashed, the third dotted
-    "gradient by the tokens": ["g(tokens)"],
-    "gradient by W_Q, W_K": ["g(W_Q)", "g(W_K)"],
-    "gradient by W_V, W_O": ["g(W_V)", "g(W_O)"],
-    "gradient by fc1, fc2": ["g(fc1)", "g(fc2)"],
-    "APJN": ["APJN", *THEORY],
-    "1 - token correlation": ["1-corr"],
-    "kappa of the Jacobian to the output": ["k(J)", "k(J) half"],
-    "own-token share of the attention": ["own"],
-    "kappa of the attention's K, K + I": ["k(K)", "k(K+I)"],
-}
-STYLES = {
-    "-": "W_Q, W_V, fc1, K; all that is measured alone",
-    "--": "W_K, W_O, fc2, K + I; kappa to the median; theory of the APJN",
-    ":": "its scalar form",
-}
-LOWEST, HIGHEST = 1e-8, 1e8  # ends of log axes: float32, in which networks train, has 7 digits
-
-EXPLANATIONS = """
-Numbers are medians over the seeds. Block 0 is the embedding. In the picture the bands span the
-seeds, and log axes end at 1e-8 and 1e8: a curve on the edge lies there or beyond.
-
-gradient by the tokens: g(tokens)
-    Norm of the loss's gradient by the tokens after a block. The loss is the mean cross-entropy.
-    Falling to the left, gradients vanish on their way back; rising, they explode.
-
-gradient by W_Q, W_K / W_V, W_O / fc1, fc2: g(W_Q), g(W_K), g(W_V), g(W_O), g(fc1), g(fc2)
-    Norm of the loss's gradient by a block's weight matrix. Where tokens are alike it does not
-    matter whom they attend to: W_Q and W_K get no gradient, although all else does.
-
-APJN: APJN
-    Averaged partial Jacobian norm from after block l to the output: the mean squared effect on the
-    last tokens of a random change. At 1 changes pass as they are. For the default init, dashed is
-    the theory, dotted its published scalar form, which drops what two tokens' gradients share.
-    --pool cls leaves theory out: it knows no class token, which starts near 0 and so, divided by
-    its LayerNorm, holds 99 % of a skipless network's J at block 0, 40 % of a residual one's.
-
-1 - token correlation: 1-corr
-    1 minus the mean cosine of two tokens of an image. At 1 they are unrelated; at 0 all the same
-    (rank collapse, or oversmoothing), and no later block can tell them apart.
-
-kappa of the Jacobian to the output: k(J), k(J) half
-    Condition number of J, the Jacobian from after block l to the output: its largest over its
-    smallest stretch of a small change of the tokens; of the first image and seed. Left out are the
-    two directions a token, its mean and length, that a LayerNorm drops. Rising to the left, it gets
-    worse with every block that gradients pass. Dashed, not in the table, the largest over the
-    median: near 1 half of all directions pass alike, however bad the worst. Past 1e15 it is
-    rounding. Absent above n d = 1200.
-
-own-token share of the attention: own
-    How much of its attention a token keeps for itself: 1/n is a plain average over all n tokens,
-    near 1 each token is treated apart. To carry differences through many blocks without skips takes
-    a share near 1 in all heads, or in most (skipless-identity: in three of four).
-
-kappa of the attention's K, K + I: k(K), k(K+I)
-    Condition number of the attention's Jacobian K, its largest over its smallest stretch of a small
-    change of the input. A skipless network multiplies bare factors K (solid), a residual one K + I
-    (dashed). Past 1e15 it is rounding. Above n d = 1200 lower bounds, printed with >=.
-
-only in the table: eff.rank
-    Effective rank of an image's tokens, in how many directions they differ: 1 when all are the
-    same, at most their number.
-
-only in the table: k(MLP), k(MLP+I)
-    Condition number of the MLP's Jacobian, over all tokens, without the skip and with it.
-
-only in the table: k(Z), k(X+Z)
-    Condition number of the matrix of tokens that the attention puts out, without the skip and with
-    it. It sets the linear rate of gradient descent on the layers behind.
-"""
+LOWEST = 1e-8  # networks train in float32, which has 7 digits: below it, differences are lost
 
 
-def shown(value: float, at_least: bool = False) -> str:
+def is_bound(result: dict, column: str, value: float) -> bool:
+    """Whether the true number is at least this value, rather than this value."""
+    return value >= LARGEST or (column in CONDITIONS and not result["exact"])
+
+
+def three_digits(value: float, at_least: bool = False) -> str:
     """A number that is not negative, to three digits, in at most eight characters."""
     plain = 1e-3 <= value < 99950 or value == 0
     return ">=" * at_least + (f"{float(f'{value:.3g}'):g}" if plain else f"{value:.0e}")
 
 
-def at(result: dict, column: str, block: int) -> str:
-    """A column's number at a block as shown; empty where there is none, as at the embedding, 0."""
+def cell(result: dict, column: str, block: int) -> str:
+    """A column's number at a block, as text; empty where there is none (some start at block 1)."""
     values = result["medians"].get(column, [])
     index = block - (result["depth"] + 1 - len(values))
     if index < 0:
         return ""
-    bound = column in CONDITIONS and not result["exact"]
-    return shown(values[index], bound or values[index] == LARGEST)
+    return three_digits(values[index], is_bound(result, column, values[index]))
 
 
 def print_table(title: str, columns: list[str], results: dict[str, dict]) -> None:
-    """At five places of each network, in at most 100 columns; without what no network has."""
+    """Up to five blocks of each network; columns that no network has are left out."""
     columns = [c for c in columns if any(c in result["medians"] for result in results.values())]
     print(f"\n{title}\n{'block':>6}" + "".join(f"{column:>10}" for column in columns))
     for name, result in results.items():
         print(name)
         L = result["depth"]
         for b in sorted({0, 1, L // 3, 2 * L // 3, L}):
-            cells = "".join(f"{at(result, column, b):>10}" for column in columns)
+            cells = "".join(f"{cell(result, column, b):>10}" for column in columns)
             print(f"{b:>6}{cells}".rstrip())
 
 
 def conclusion(name: str, result: dict) -> str:
-    """A sentence computed from the numbers, about the worst block everywhere."""
+    """Computed from the numbers, about the worst block of each kind."""
     numbers = result["medians"]
-    W_Q, apart = numbers["g(W_Q)"], numbers["1-corr"]
-    used = "k(K+I)" if result["residual"] else "k(K)"  # what the network's Jacobian is made of
-    worst = numbers[used].index(max(numbers[used])) + 1
+    W_Q, difference = numbers["g(W_Q)"], numbers["1-corr"]
+    factor = "k(K+I)" if result["residual"] else "k(K)"  # kappa of what the network multiplies
+    worst = numbers[factor].index(max(numbers[factor])) + 1
 
-    def fold(values: list[float]) -> str:
+    def variation(values: list[float]) -> str:
         ratio = max(values) / max(min(values), 1e-300)
-        return shown(min(ratio, HIGHEST), at_least=ratio > HIGHEST)
+        return three_digits(min(ratio, 1 / LOWEST), ratio > 1 / LOWEST) + "-fold"
 
     return (
-        f"{name}: over the blocks the gradient by the tokens varies {fold(numbers['g(tokens)'])}"
-        f"-fold, by W_Q {fold(W_Q)}-fold, least in block {W_Q.index(min(W_Q)) + 1}; tokens are "
-        f"closest after block {apart.index(min(apart))}, 1 - correlation {shown(min(apart))}; "
-        f"{used} is largest in block {worst}, {at(result, used, worst)}."
+        f"{name}: across the blocks the gradient with respect to the tokens varies "
+        f"{variation(numbers['g(tokens)'])}, with respect to W_Q {variation(W_Q)}, smallest in "
+        f"block {W_Q.index(min(W_Q)) + 1}. Tokens are most alike after block "
+        f"{difference.index(min(difference))}, with 1-corr {three_digits(min(difference))}. "
+        f"{factor} is largest in block {worst}: {cell(result, factor, worst)}."
     )
 
 
-def looks_of(results: dict[str, dict]) -> dict[str, dict]:
-    """How each network is drawn: colour says which, paleness how deep or when."""
+PANELS = {  # title -> columns: the first is drawn solid, the second dashed
+    "gradient with respect to the tokens": ["g(tokens)"],
+    "gradient with respect to W_Q, W_K (dashed)": ["g(W_Q)", "g(W_K)"],
+    "1 - correlation of two tokens": ["1-corr"],
+    "gradient with respect to W_V, W_O (dashed)": ["g(W_V)", "g(W_O)"],
+    "gradient with respect to fc1, fc2 (dashed)": ["g(fc1)", "g(fc2)"],
+    "attention of a token to itself": ["own"],
+    "kappa of the attention's K, K + I (dashed)": ["k(K)", "k(K+I)"],
+    "kappa of J (dashed: of its better half)": ["k(J)", "k(J) half"],
+    "APJN (theory: dots; scalar form: crosses)": ["APJN"],
+}
+LOOKS = {column: dict(ls="--") for columns in PANELS.values() for column in columns[1:]}
+LOOKS |= dict(zip(THEORY, [dict(ls="", marker="o", mec="black"), dict(ls="", marker="x")]))
+
+
+def network_looks(results: dict[str, dict]) -> dict[str, dict]:
+    """A colour for each network; paler means shallower, or before training."""
     groups = list(dict.fromkeys(result["group"] for result in results.values()))
     shades = list(dict.fromkeys(result["shade"] for result in results.values()))
-    looks, colours = {}, {}
-    for group in groups:  # of several trained networks of one arm the first has the arm's colour
-        choice = [pictures.colour_of(group, groups), *pictures.OTHER_COLOURS]
-        colours[group] = next((c for c in choice if c not in colours.values()), choice[0])
-    for name, result in results.items():
-        alpha = (shades.index(result["shade"]) + 1) / len(shades)
-        width = max(2.8 - 0.5 * groups.index(result["group"]), 0.8)  # seen where they coincide
-        looks[name] = dict(color=colours[result["group"]], alpha=alpha, lw=width)
-    return looks
+    return {
+        name: dict(
+            color=pictures.colour_of(result["group"], groups),
+            alpha=(shades.index(result["shade"]) + 1) / len(shades),
+            lw=max(2.8 - 0.5 * groups.index(result["group"]), 0.8),  # so coinciding lines show
+        )
+        for name, result in results.items()
+    }
+
+
+def log_tick(value: float, _: int) -> str:
+    """A power of ten. The ends, where all values beyond them are drawn, say so."""
+    sign = "≤" if value <= LOWEST else "≥" if value >= LARGEST else ""
+    return f"{sign}$10^{{{math.log10(value):.0f}}}$"
+
+
+def draw_column(ax: plt.Axes, column: str, result: dict, look: dict) -> None:
+    """A column of one network against the block, with a band that spans the seeds."""
+    low, high = (0.0, 1.0) if column == "own" else (LOWEST, LARGEST)
+    values = torch.tensor(result["medians"][column], dtype=torch.float64).clamp(low, high)
+    blocks = range(result["depth"] + 1 - len(values), result["depth"] + 1)
+    bounds = [i for i, value in enumerate(values.tolist()) if is_bound(result, column, value)]
+    look = look | LOOKS.get(column, {})
+    if bounds:
+        look |= dict(marker="^", markevery=bounds)
+    ax.plot(blocks, values, ms=5, **look)
+    if column not in LOOKS:
+        runs = torch.tensor([run[column] for run in result["runs"] if column in run])
+        least, most = runs.clamp(low, high).aminmax(dim=0)
+        ax.fill_between(blocks, least, most, color=look["color"], alpha=0.12, lw=0)
 
 
 def draw(results: dict[str, dict], path: Path, title: str) -> None:
-    """One panel a quantity against the block number; the gradients come first."""
-    figure, axes = plt.subplots(3, 3, figsize=(11, 8.6), layout="constrained")
+    """One panel per quantity against the block number; panels without numbers are left out."""
+    measured = {column for result in results.values() for column in result["medians"]}
+    panels = {name: columns for name, columns in PANELS.items() if measured.issuperset(columns)}
+    width = 4 if len(panels) == 8 else 3
+    height = len(panels) // width
+    size = dict(figsize=(3.7 * width, 2.7 * height + 1), layout="constrained")
+    figure, axes = plt.subplots(height, width, **size)
     figure.get_layout_engine().set(h_pad=0.08)
-    looks = looks_of(results)
-    for ax, (name, columns) in zip(axes.flat, PANELS.items()):
-        scale, low, high = ("linear", 0, 1) if columns == ["own"] else ("log", LOWEST, HIGHEST)
-        for network, result in results.items():
-            for column, style in zip(columns, STYLES):
-                if column not in result["medians"]:
-                    continue
-                values = torch.tensor(result["medians"][column]).clamp(low, high)
-                blocks = range(result["depth"] + 1 - len(values), result["depth"] + 1)
-                ax.plot(blocks, values, style, label=network, **looks[network])
-                if style == "-":
-                    runs = [run[column] for run in result["runs"] if column in run]
-                    least, most = torch.tensor(runs).clamp(low, high).aminmax(dim=0)
-                    colour = looks[network]["color"]
-                    ax.fill_between(blocks, least, most, color=colour, alpha=0.12, lw=0)
-        ax.set_yscale(scale)
+    looks = network_looks(results)
+    for ax, (name, columns) in zip(axes.flat, panels.items()):
+        for column in columns + THEORY * ("APJN" in columns):
+            for network, result in results.items():
+                if column in result["medians"]:
+                    draw_column(ax, column, result, looks[network])
+        if "own" in columns:
+            ax.set_ylim(0, 1)
+        else:
+            ax.set_yscale("log")
+            ax.yaxis.set(major_locator=LogLocator(numticks=6), major_formatter=log_tick)
+            low, high = ax.get_ylim()
+            ax.set_ylim(min(low, high / 100), max(high, low * 100))  # so that two ticks show
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         pictures.tidy(ax, name)
     for ax in axes[-1]:
         ax.set_xlabel("block (0: the embedding)", fontsize=9)
-    where = dict(loc="outside upper center", ncols=max(1, 130 // (max(map(len, results)) + 8)))
-    figure.legend(handles=axes[0, 0].get_lines(), title=title, frameon=False, **where)
-    styles = [plt.Line2D([], [], color="k", ls=s, lw=1.2, label=text) for s, text in STYLES.items()]
-    figure.legend(handles=styles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    lines = [plt.Line2D([], [], label=results[x]["label"], **look) for x, look in looks.items()]
+    figure.legend(handles=lines, title=title, loc="outside upper center", ncols=4, frameon=False)
+    notes = [plt.Line2D([], [], color="0.3", marker="^", ls="", label="at least this value")]
+    notes += [plt.Rectangle((0, 0), 1, 1, color="0.85", label="range of the seeds")]
+    figure.legend(handles=notes, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     pictures.save_figure(figure, path)
 
 
@@ -301,92 +475,71 @@ def draw(results: dict[str, dict], path: Path, title: str) -> None:
 # The command
 # --------------------------------------------------------------------------------------------------
 
-FRESH = dict(  # settings of fresh networks; a checkpoint brings its own
-    variants=networks.ARMS,
-    depths=[12],
-    model="nano",
-    image_size=32,
-    patch_size=8,
-    pos_embed_std=None,  # what the arm's init counts on
-    pool="mean",  # for all alike, so that their gradients compare; theory knows no class token
-    seeds=5,
-)
+FRESH = dict(  # settings of fresh networks; a checkpoint has its own
+    variants=ARMS, depths=[12], model="nano", image_size=32, patch_size=8, seeds=5,
+    pos_embed_std=None,  # what the arm's init expects
+    pool="mean",  # the same for all, so that gradients compare; the theory has no class token
+)  # fmt: skip
 OTHERS = dict(data=None, images=4, checkpoint=None, before=False, device="auto", out="runs/probe")
+WITH_THEORY = ["residual", "skipless-default"]  # the theory is about the default init
 
 
 def parse_arguments() -> argparse.Namespace:
-    p = cli.Parser(__doc__, argument_default=argparse.SUPPRESS)
-
-    def add(flag: str, help: str, **kind) -> None:
-        default = (FRESH | OTHERS).get(flag[2:].replace("-", "_"))
-        words = " ".join(map(str, default)) if isinstance(default, list) else default
-        p.add_argument(flag, help=f"{help} [{words}]" if default else help, **kind)
-
-    add(
-        "--variants",
-        "networks to compare; skipless-paper+e-spa and the like",
-        nargs="+",
-        type=networks.arm,
-    )
-    add("--depths", "numbers of blocks to compare", nargs="+", type=cli.count)
-    add("--model", "width and heads", choices=list(PRESETS))
-    add("--image-size", "side of the images, pixels", type=cli.count)
-    add("--patch-size", "side of a patch, pixels", type=cli.count)
-    std = "std of the position embedding; larger keeps tokens apart longer "
-    add("--pos-embed-std", std + "[what the init counts on]", type=cli.not_negative)
-    add("--pool", "class token, or mean over patch tokens", choices=["cls", "mean"])
-    data = "folder with val/<class>/*: real images; left out: synthetic ones"
-    add("--data", data, type=cli.path)
-    add("--images", "how many; numbers are means over them, of K and J the first's", type=cli.count)
-    add("--checkpoint", "trained networks instead of --variants", nargs="+", metavar="CKPT")
-    add("--before", "each checkpoint also as it was before training", action="store_true")
-    add("--seeds", "fresh weights a variant; medians are shown", type=cli.count)
-    add("--device", "auto, cpu, cuda or cuda:N")
-    add("--out", "folder of probe.png and probe.json", type=cli.path)
-    explain = "print what each column and panel means, and stop"
-    add("--explain", explain, action="version", version=EXPLANATIONS)
+    p = Parser(__doc__, argument_default=argparse.SUPPRESS)
+    add = p.add_argument
+    add("--variants", nargs="+", type=ARM, help=f"arms to compare [{', '.join(ARMS)}]")
+    add("--depths", nargs="+", type=COUNT, help="numbers of blocks to compare [12]")
+    add("--model", choices=list(PRESETS), help="width and number of heads [nano]")
+    add("--image-size", type=COUNT, help="side of the images in pixels [32]")
+    add("--patch-size", type=COUNT, help="side of a patch in pixels [8]")
+    std = "std of the position embedding; more makes tokens differ more [what the init expects]"
+    add("--pos-embed-std", type=NOT_NEGATIVE, help=std)
+    pool = "the head reads a class token, or the mean of the patch tokens [mean]"
+    add("--pool", choices=["cls", "mean"], help=pool)
+    add("--data", type=NAME, help="real images: a folder with val/<class>/* [synthetic images]")
+    add("--images", type=COUNT, help="how many; kappas of K and J are those of the first [4]")
+    add("--checkpoint", nargs="+", type=NAME, help="trained networks instead of --variants [none]")
+    add("--before", action="store_true", help="also show them as they were before training [no]")
+    add("--seeds", type=COUNT, help="fresh networks per arm; medians are shown [5]")
+    add("--device", help="auto, cpu, cuda or cuda:N [auto: a GPU if there is one]")
+    add("--out", type=PATH, help="folder for probe.png and probe.json [runs/probe]")
     given = vars(p.parse_args())
-    if "checkpoint" in given and (useless := [name for name in FRESH if name in given]):
-        flag = "--" + useless[0].replace("_", "-")
-        raise UserError(f"{flag} is about fresh networks; leave it out with --checkpoint")
+    if "checkpoint" in given and (useless := [flag_of(name) for name in FRESH if name in given]):
+        raise UserError(f"{useless[0]} is about fresh networks; leave it out with --checkpoint")
     if "before" in given and "checkpoint" not in given:
         raise UserError("--before is about trained networks: add --checkpoint")
     return argparse.Namespace(**FRESH | OTHERS | given)
 
 
-def one_a_seed(arm: str, seeds: int, **shape) -> Iterator[ViT]:
-    for seed in range(seeds):
-        torch.manual_seed(seed)
-        yield networks.fresh_arm(arm, **shape)
-
-
 def fresh_networks(args: argparse.Namespace) -> list[tuple[str, str, Iterable[ViT]]]:
-    """(arm, depth, a network a seed) of each network asked for; built one by one, when measured."""
-    shape = dict(PRESETS[args.model], num_classes=10, pool=args.pool)
+    """(arm, depth, one network per seed) for each arm and depth, each built when its turn comes."""
+    shape = PRESETS[args.model] | dict(num_classes=10, pool=args.pool)
     shape |= dict(image_size=args.image_size, patch_size=args.patch_size)
     if args.pos_embed_std is not None:
         shape |= dict(pos_embed_std=args.pos_embed_std)
-    return [
-        (arm, f"{depth} blocks", one_a_seed(arm, args.seeds, **shape | dict(depth=depth)))
-        for arm in args.variants
-        for depth in args.depths
-    ]
+
+    def one_per_seed(arm: str, depth: int) -> Iterator[ViT]:
+        for seed in range(args.seeds):
+            torch.manual_seed(seed)
+            yield fresh_arm(arm, **shape | dict(depth=depth))
+
+    return [(a, f"{L} blocks", one_per_seed(a, L)) for a in args.variants for L in args.depths]
 
 
 def trained_networks(args: argparse.Namespace) -> list[tuple[str, str, Iterable[ViT]]]:
-    """(run, "before training" or "trained", the one network) of each checkpoint."""
+    """(run, "before training" or "trained", [the network]) for each checkpoint."""
     found, sizes = [], set()
     for path in args.checkpoint:
-        checkpoint = files.load_checkpoint(path)
-        trained = networks.trained_vit(checkpoint)
+        checkpoint = load_checkpoint(path)
+        trained = trained_vit(checkpoint)
         sizes.add(trained.config["image_size"])
         name = Path(path).resolve().parent.name
         name = path if name in [run for run, _, _ in found] else name
         if args.before:
-            found.append((name, "before training", [networks.untrained_vit(checkpoint)]))
+            found.append((name, "before training", [untrained_vit(checkpoint)]))
         found.append((name, "trained", [trained]))
     if len(sizes) > 1:
-        raise UserError(f"--checkpoint: of different image sizes {sorted(sizes)}; probe them apart")
+        raise UserError(f"--checkpoint: different image sizes {sorted(sizes)}; use one at a time")
     args.image_size, args.seeds = sizes.pop(), 1
     return found
 
@@ -404,65 +557,41 @@ def load_images(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     return normalise(images), labels
 
 
-def probe(models: Iterable[ViT], images: Tensor, labels: Tensor, theory: bool, what: str) -> dict:
-    """A network's record: its numbers for each seed, their medians, and what they depend on."""
-    runs = []
-    for model in models:
-        model = model.to(images.device)
-        n, d = model.pos_embed.shape[1:]
-        if n < 2:
-            raise UserError(
-                "an image is one token, with nothing to compare; make --patch-size smaller"
-            )
-        # Any class does for a gradient. A backbone without a head puts out its pooled feature,
-        # which stands in for the logits: a class for each of its numbers.
-        classes = labels % (model.config["num_classes"] or model.config["dim"])
-        numbers = measure(model, images, classes, f"{what}, seed {len(runs)}")
-        if theory:
-            numbers |= dict(zip(THEORY, theory_of(model, model.embed(images.double()))))
-        dense = n * d <= jacobians.DENSE_LIMIT
-        if dense and not runs:  # of one seed: it takes longer than all else together
-            numbers |= jacobians.progressive_conditioning(model, images[0].double())
-        runs.append(numbers)
-    facts = dict(depth=len(model.blocks), residual=model.config["residual"], tokens=n)
-    return facts | dict(exact=dense, medians=medians(runs), runs=runs)
-
-
 def main() -> None:
     args = parse_arguments()
-    device, _, _ = engine.start_processes(args.device)
+    device, _, _ = start_processes(args.device)
     out, started = Path(args.out), time.time()
-    files.make_folder(out)
+    make_folder(out)
     found = trained_networks(args) if args.checkpoint else fresh_networks(args)
     images, labels = (x.to(device) for x in load_images(args))
-    results, several = {}, len({shade for _, shade, _ in found}) > 1
-    torch.manual_seed(0)  # trained networks: the signs that `apjn` draws
+    runs = list(dict.fromkeys(group for group, _, _ in found))
+    short = pictures.shortened(runs) if args.checkpoint else {arm: arm for arm in runs}
+    several = len({shade for _, shade, _ in found}) > 1
+    results = {}
+    torch.manual_seed(0)  # for trained networks: the random signs of `apjn`
     for group, shade, models in found:
-        name = f"{group}, {shade}" if several else group
+        ending = f", {shade}" if several else ""
         theory = group in WITH_THEORY and not args.checkpoint and args.pool == "mean"
-        results[name] = dict(group=group, shade=shade)
-        results[name] |= probe(models, images, labels, theory, name)
+        record = dict(group=group, shade=shade, label=short[group] + ending)
+        results[group + ending] = record | probe(models, images, labels, theory, group + ending)
 
     what = "trained networks" if args.checkpoint else f"{args.model} at initialisation"
     tokens = " or ".join(str(n) for n in sorted({r["tokens"] for r in results.values()}))
     title = f"{what}: {tokens} tokens, {len(images)} images of {args.data or 'Shapes'}"
     title += f", median of {args.seeds} seeds" * (args.seeds > 1)
-    title += f"; log axes end at {LOWEST:g} and {HIGHEST:g}"
     draw(results, out / "probe.png", title)
     record = dict(torch=torch.__version__, arguments={k: str(v) for k, v in vars(args).items()})
     text = json.dumps(record | dict(networks=results))
-    files.write_atomically(out / "probe.json", lambda path: path.write_text(text))
+    write_atomically(out / "probe.json", lambda path: path.write_text(text))
 
-    print_table("norms of the loss's gradient, APJN and kappa of J", GRADIENTS, results)
+    print_table("norms of the gradient of the loss, APJN and kappa of J", GRADIENTS, results)
     print_table("tokens, attention and condition numbers", STATE, results)
     print()
     for name, result in results.items():
         print(textwrap.fill(conclusion(name, result), 100, subsequent_indent="    "))
-    if args.pool == "cls" and not args.checkpoint:
-        print("APJN without its theory, which knows no class token (--pool mean)")
     print(f"\n{out}/probe.png, {out}/probe.json  ({time.time() - started:.0f} s)")
 
 
 if __name__ == "__main__":
-    with cli.one_line_errors("take fewer --images or a smaller --model"):
+    with errors_in_one_line("take fewer --images or a smaller --model"):
         main()

@@ -1,21 +1,22 @@
-"""Vision Transformers without skip connections: the model and the init, one file.
+"""Vision Transformers without skip connections: the model and the init in one file.
 
-Read it top to bottom:
+Read it from top to bottom:
 
-1. `ViT`, the standard pre-LN Vision Transformer. `Block.forward` is where the skip is, or is not:
-   `residual=True` is the usual network, `residual=False` the skipless one.
+1. `ViT`, the standard pre-LN Vision Transformer. `Block.forward` shows the one difference:
+   `residual=True` is the usual network, `residual=False` has no skip connections.
 2. Three functions that draw well-conditioned weights. Copy them into any project.
 3. `conditioned_init_`, which puts those weights into a `ViT`.
 
-Why a skipless network needs them: let K be the derivative of a sub-block's output by its input. A
-residual network multiplies factors (K + I), a skipless one bare K. Softmax attention makes K nearly
-rank-deficient, "+ I" lifts its small singular values; without the skip the weights have to.
+Why a network without skips needs them: let K be the derivative of a sub-block's output with
+respect to its input. Backpropagation multiplies factors K + I in a residual network, and bare K in
+one without skips. Softmax attention averages tokens, which makes its K nearly rank-deficient. In a
+residual network "+ I" lifts the small singular values; without it the weights have to.
 
 Source: Ji et al., "Cutting the Skip: Training Residual-Free Transformers", ICLR 2026
 (arXiv 2510.00345).
 
-Notation, as in the paper: tokens are rows, a projection is y = x W, so `nn.Linear.weight` is W^T.
-d = dim, h = num_heads, d_h = d / h, n = tokens, L = depth.
+Notation, as in the paper: tokens are rows and a projection is y = x W, so `nn.Linear.weight` is
+W^T. d = dim, h = num_heads, d_h = d / h, n = tokens, L = depth.
 """
 
 import math
@@ -26,8 +27,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-# Widths, depths and heads as published (Dosovitskiy et al. 2021; Touvron et al. 2021 for tiny and
-# small). nano is ours: narrow enough for two CPU cores, twelve blocks deep so that depth bites.
+# Published sizes (Dosovitskiy et al. 2021; tiny and small: Touvron et al. 2021). nano is ours:
+# narrow enough for two CPU cores, and deep enough for the usual init to fail without skips.
 PRESETS = {
     "nano": dict(dim=64, depth=12, num_heads=8),
     "tiny": dict(dim=192, depth=12, num_heads=3),
@@ -43,10 +44,10 @@ PRESETS = {
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with its four projections apart, so they read like the equations.
+    """Multi-head self-attention. The four projections are separate, to match the equations.
 
-    diagonal_bias: a learnable number a head, added to each token's logit with itself
-    (`identity_init.py` uses it). Shapes: (batch, token, dim) -> (batch, token, dim).
+    diagonal_bias: add one learnable number per head to each token's logit with itself
+    (`beyond/identity_init.py` uses it). Shapes: (batch, token, dim) -> (batch, token, dim).
     """
 
     def __init__(self, dim: int, num_heads: int, diagonal_bias: bool = False):
@@ -62,7 +63,7 @@ class Attention(nn.Module):
 
     def queries_keys_values(self, x: Tensor) -> Tensor:
         """(batch, token, dim) -> q, k, v stacked, (3, batch, head, token, d_h)."""
-        # Three projections as one product: x is read once, and under autocast also cast once.
+        # One product instead of three: faster, because x is read (and under autocast cast) once.
         projections = (self.W_Q, self.W_K, self.W_V)
         W = torch.cat([projection.weight for projection in projections])
         b = torch.cat([projection.bias for projection in projections])
@@ -71,7 +72,7 @@ class Attention(nn.Module):
 
     def logit_bias(self, q: Tensor) -> Tensor | None:
         """b I for each head, (1, head, token, token), for q of (batch, head, token, d_h)."""
-        if self.diagonal_bias is not None:  # without the leading axis the fused kernel refuses it
+        if self.diagonal_bias is not None:  # the fused kernel needs the leading axis
             identity = torch.eye(q.shape[-2], dtype=q.dtype, device=q.device)
             return self.diagonal_bias.to(q.dtype)[None, :, None, None] * identity
 
@@ -82,7 +83,7 @@ class Attention(nn.Module):
         return (logits if bias is None else logits + bias).softmax(dim=-1)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """weights(x) @ v, without forming weights(x); (batch, head, token, d_h) all."""
+        """weights(x) @ v without forming weights(x). All shapes (batch, head, token, d_h)."""
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.logit_bias(q))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-LN transformer block, with its two skip connections or without them.
+    """A pre-LN transformer block, with its two skip connections or without.
 
     Shapes: (batch, token, dim) -> (batch, token, dim).
     """
@@ -125,11 +126,11 @@ class Block(nn.Module):
         self.attention = Attention(dim, num_heads, diagonal_bias)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=norm_affine)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
-        # Dropping a sub-block leaves the skip; without a skip nothing would be left of the image.
+        # Only for blocks with skips: without them a dropped sub-block would erase the image.
         self.drop_path = StochasticDepth(drop_path, "row") if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        # These lines are what the project is about:  x + f(x)  with the skip,  f(x)  without it.
+        # This is what the project is about:  x + f(x)  with the skip,  f(x)  without.
         if self.residual:
             x = x + self.drop_path(self.attention(self.norm1(x)))
             x = x + self.drop_path(self.mlp(self.norm2(x)))
@@ -143,25 +144,22 @@ class ViT(nn.Module):
     """Vision Transformer (Dosovitskiy et al. 2021), pre-LN, with or without skip connections.
 
     Args:
-        image_size: side of the square images it is built for, pixels.
-        patch_size: side of a patch, pixels; must divide `image_size`.
-        num_classes: width of the output; 0 leaves the head out and returns the pooled feature.
-        dim, depth, num_heads, mlp_ratio: d, L, h and the MLP's hidden width over d.
-        residual: True the standard network, False the skipless one.
-        pool: "cls" reads a learned class token, "mean" averages the patch tokens (no class token).
-        pos_embed_std: standard deviation of the position embedding at initialisation. 0.02 is
-            customary; patch embeddings start near 1, and a network without skips, which sees
-            positions once and never again, learns faster from a larger value.
-        drop_path: stochastic depth rate of the last block, growing linearly from 0 at the first;
-            only with skips.
-        diagonal_bias: see `Attention`. The standard ViT has none; `identity_init.py` wants it.
-        norm_affine: whether the blocks' LayerNorms have a gain and a shift to learn, as usual;
-            `identity_init.py` wants neither.
+        image_size: side of the (square) training images, in pixels.
+        patch_size: side of a patch, in pixels; must divide `image_size`.
+        num_classes: width of the output; 0 means no head: the output is the pooled feature.
+        dim, depth, num_heads, mlp_ratio: d, L, h, and the MLP's hidden width divided by d.
+        residual: True for the standard network, False for the one without skips.
+        pool: "cls" classifies a learned class token, "mean" the average of the patch tokens (and
+            there is no class token).
+        pos_embed_std: standard deviation of the initial position embedding, usually 0.02. Patch
+            embeddings start near 1, and a network without skips sees the positions only at its
+            input, so it learns faster from a larger value.
+        drop_path: stochastic depth rate of the last block, growing linearly from 0 at the first.
+            Needs skips.
+        diagonal_bias, norm_affine: see `Attention`; and whether the blocks' LayerNorms have a
+            learnable gain and shift. `beyond/identity_init.py` needs True and False.
 
     Input (batch, channel, height, width), output (batch, num_classes).
-
-    Raises:
-        ValueError: sizes that do not fit together, or an option that does not exist.
     """
 
     def __init__(
@@ -183,7 +181,7 @@ class ViT(nn.Module):
         in_channels: int = 3,
     ):
         super().__init__()
-        # Everything needed to build this network again; checkpoints store it beside the weights.
+        # All that is needed to build this network again; checkpoints store it with the weights.
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         if image_size % patch_size:
             raise ValueError(
@@ -199,8 +197,8 @@ class ViT(nn.Module):
         self.patch_embed = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if pool == "cls" else None
         self.pos_embed = nn.Parameter(torch.zeros(1, n, dim))
-        self.grid = {}  # rows and columns of the images at hand, for attentions of `variants.py`
-        self.embed_norm = nn.Identity()  # networks of `variants.py` without norms have one here
+        self.grid = {}  # rows and columns of patches of the current images; beyond/variants.py
+        self.embed_norm = nn.Identity()  # ... puts a norm here if there is none in the blocks
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, mlp_ratio, residual, rate, diagonal_bias, norm_affine)
             for rate in torch.linspace(0, drop_path, depth, device="cpu").tolist()
@@ -211,12 +209,12 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def default_init_(self) -> None:
-        """The customary ViT init: truncated normals of std 0.02, zero biases."""
+        """The usual ViT init: normal weights of std 0.02 and zero biases."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        # LeCun's variance 1 / fan_in: a patch of unit-variance pixels becomes unit-variance tokens.
+        # Variance 1 / fan_in (LeCun): pixels of unit variance become tokens of unit variance.
         fan_in = self.patch_embed.weight[0].numel()
         nn.init.normal_(self.patch_embed.weight, std=fan_in**-0.5)
         nn.init.zeros_(self.patch_embed.bias)
@@ -225,13 +223,13 @@ class ViT(nn.Module):
             nn.init.normal_(self.cls_token, std=1e-6)
 
     def interpolate_pos_embed(self, rows: int, columns: int) -> Tensor:
-        """Position embedding for a grid of patches, resized bicubically if it is another grid."""
+        """The position embedding, resized (bicubic) where the grid of patches is another."""
         side = self.config["image_size"] // self.config["patch_size"]
         if (rows, columns) == (side, side):
             return self.pos_embed
         cls, grid = self.pos_embed[:, : -(side**2)], self.pos_embed[:, -(side**2) :]
         grid = rearrange(grid, "1 (row column) dim -> 1 dim row column", row=side)
-        # Without antialiasing, as DINO does; in float32, as bf16 has no bicubic kernel everywhere.
+        # Without antialiasing, as in DINO; in float32, because not every device resizes bf16.
         grid = F.interpolate(grid.float(), (rows, columns), mode="bicubic").to(cls.dtype)
         return torch.cat([cls, rearrange(grid, "1 dim row column -> 1 (row column) dim")], dim=1)
 
@@ -252,18 +250,16 @@ class ViT(nn.Module):
         return self.embed_norm(x + self.interpolate_pos_embed(rows, columns))
 
     def forward_features(self, images: Tensor, blocks: list[int]) -> list[Tensor]:
-        """Tokens right after the blocks asked for, (batch, token, dim) each, in the order asked.
+        """Tokens after each of `blocks`, in that order, (batch, token, dim) each.
 
         0 is the embedding, `depth` the last block. The final LayerNorm is not applied.
         """
         if bad := [b for b in blocks if not 0 <= b <= len(self.blocks)]:
             raise ValueError(f"blocks must lie in 0..{len(self.blocks)}, not {bad}")
-        x, kept = self.embed(images), {}
-        for number in range(max(blocks) + 1):
-            x = self.blocks[number - 1](x) if number else x
-            if number in blocks:
-                kept[number] = x
-        return [kept[b] for b in blocks]
+        tokens = [self.embed(images)]
+        for block in self.blocks[: max(blocks)]:
+            tokens.append(block(tokens[-1]))
+        return [tokens[b] for b in blocks]
 
     def classify(self, x: Tensor) -> Tensor:
         """Logits from the last block's tokens, (batch, token, dim) -> (batch, num_classes)."""
@@ -279,7 +275,7 @@ class ViT(nn.Module):
 
 # --------------------------------------------------------------------------------------------------
 # The init: three functions. Copy any of them; `import math, torch` is all they need.
-# They return W for y = x W in float32; into an nn.Linear goes W.T.
+# They return W for y = x W in the default dtype, which must not be a half; nn.Linear takes W.T.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -290,8 +286,8 @@ def value_output_projections(
 
         W_V = c U,  W_O = c V^T,  with U S V^T the SVD of a Gaussian matrix
 
-    so every singular value of W_V W_O is c^2 and its condition number kappa is 1. One d x d
-    construction for all heads together: redrawn per head, the joint map is ill-conditioned.
+    so every singular value of W_V W_O is c^2 and its condition number kappa is 1. The heads share
+    one d x d construction: with one per head, the map of all heads together is ill-conditioned.
     """
     U, _, V_T = torch.linalg.svd(torch.randn(dim, dim, generator=generator))
     return c * U, c * V_T
@@ -309,21 +305,21 @@ def query_key_projections(
         alpha Z + beta I = U S V^T,   W_Q = U[:, :d_h] sqrt(S_h),   W_K = V[:, :d_h] sqrt(S_h)
 
     for each head, Z_ij ~ N(0, 1/d). So W_Q W_K^T is the best rank-d_h approximation of
-    alpha Z + beta I: beta lifts the diagonal of the attention logits, hence a token's attention
-    to itself.
+    alpha Z + beta I. beta raises the diagonal of the attention logits, and with it each token's
+    attention to itself.
 
-    One SVD serves all heads, each seen under a rotation of its own (`rotated`): an SVD a head takes
-    100 s for ViT-L on two cores, this 15 s. Z and R Z R^T have the same law for every orthogonal R,
-    and R (alpha Z + beta I) R^T = alpha R Z R^T + beta I has the singular vectors R U and R V: so
-    each head's pair, taken alone, has exactly the law of a fresh one. What the heads of a layer
-    share is what no rotation changes: S and the trace of W_Q W_K^T.
+    We compute one SVD and give each head a random rotation R of it: for ViT-L on two cores this
+    takes 15 s, an SVD per head 100 s. It changes no head's distribution: R Z R^T has the same law
+    as Z for every orthogonal R, and R (alpha Z + beta I) R^T = alpha R Z R^T + beta I has the
+    singular vectors R U and R V. Only what no rotation changes is common to a layer's heads: S and
+    the trace of W_Q W_K^T.
     """
     if dim % num_heads:
         raise ValueError(f"num_heads must divide dim: dim {dim}, num_heads {num_heads}")
     d_h = dim // num_heads
 
     def rotated(X: torch.Tensor) -> torch.Tensor:
-        """R X, R Haar orthogonal. With X = Q C only R Q matters, a Haar frame: no d x d QR."""
+        """R X for a uniformly random orthogonal R. Writing X = Q C, it is enough to draw R Q."""
         C = torch.linalg.qr(X).R
         frame = torch.empty(len(X), len(C))
         return torch.nn.init.orthogonal_(frame, generator=generator) @ C
@@ -343,8 +339,8 @@ def orthogonal_mlp_weight(
         W = max(sqrt(out / in), 1) * (semi-orthogonal)
 
     Martens et al. 2021, "Rapid training of deep neural networks without skip connections or
-    normalization layers using Deep Kernel Shaping". At MLP ratio 4, fc1 gets a factor 2 and fc2
-    a factor 1: every coordinate keeps the mean square of its input, in both.
+    normalization layers using Deep Kernel Shaping". At MLP ratio 4 the factor is 2 for fc1 and 1
+    for fc2. Either map then keeps the mean square of a coordinate.
     """
     W = torch.empty(in_features, out_features)
     scale = max(math.sqrt(out_features / in_features), 1.0)
@@ -352,23 +348,23 @@ def orthogonal_mlp_weight(
 
 
 # --------------------------------------------------------------------------------------------------
-# ... put into a ViT
+# The same weights, put into a ViT
 # --------------------------------------------------------------------------------------------------
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The model's blocks, or a TypeError that says what to do with another kind of model."""
+    """The model's blocks. Raises TypeError, with advice, for other kinds of model."""
     blocks = list(getattr(model, "blocks", []))
     if not blocks or not all(hasattr(getattr(b, "attention", None), "W_Q") for b in blocks):
         raise TypeError(
-            "this fills minskip.ViT; into another model put the weights of "
-            "value_output_projections, query_key_projections and orthogonal_mlp_weight"
+            "this initialises minskip.ViT; for another model, copy the functions above it, which "
+            "return the weights (docs/copy_the_init.md)"
         )
     return blocks
 
 
-def set_(linear: nn.Linear, W: Tensor) -> None:
-    """y = x W from now on."""
+def set_linear_(linear: nn.Linear, W: Tensor) -> None:
+    """Make the layer compute y = x W."""
     linear.weight.copy_(W.T)
     linear.bias.zero_()
 
@@ -381,41 +377,39 @@ def conditioned_init_(
     c: float = 3.0,
     generator: torch.Generator | None = None,
 ) -> nn.Module:
-    """Re-initialise every block of a `ViT` so that it trains without skip connections. In place.
+    """Re-initialise all blocks of a `ViT`, in place, so that it trains without skip connections.
 
-    Cutting the Skip, section 4. The source's constants (alpha, beta, c) are (2, 0.6, 3) for ViT-B
-    trained with labels and (1.8, 1, 3) for ViT-S trained by DINO. Embeddings, norms and head keep
-    their init; biases in the blocks become zero.
+    Cutting the Skip, section 4. Embeddings, norms and head keep their init; biases in the blocks
+    become zero. The paper's (alpha, beta, c) are (2, 0.6, 3) for ViT-B trained with labels and
+    (1.8, 1, 3) for ViT-S trained with DINO.
 
     Args:
-        model: a `ViT`, or any module with `.blocks` whose members have `attention.W_Q ... W_O`,
+        model: a `ViT`, or any module with `.blocks` that have `attention.W_Q ... W_O`,
             `attention.num_heads`, `mlp.fc1` and `mlp.fc2`.
         alpha: weight of the random part of W_Q W_K^T.
-        beta: weight of the identity in W_Q W_K^T; more of it, more attention of a token to itself.
-        c: scale of W_V and W_O. LayerNorm cancels it in the forward pass; it scales gradients.
-        generator: the random numbers, on the CPU [torch's global one]. Weights are drawn in float32
-            and cast to each parameter's own dtype and device.
+        beta: weight of the identity in W_Q W_K^T. With more of it tokens attend more to themselves.
+        c: scale of W_V and W_O. The LayerNorm cancels it in the forward pass, but gradients, and
+            so the relative size of a step, depend on it.
+        generator: source of the random numbers, on the CPU [torch's global one]. The weights are
+            drawn there and then cast to each parameter's dtype and device.
 
-    Returns the model.
-
-    Raises:
-        ValueError: negative or non-finite constants, c = 0, alpha = beta = 0.
-        TypeError: a model whose blocks do not look like ours.
+    Returns the model. Raises ValueError for constants without meaning.
     """
-    for name, value in (("alpha", alpha), ("beta", beta), ("c", c)):
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be a finite number >= 0, not {value}")
-    if c == 0 or alpha == beta == 0:
-        raise ValueError("c and at least one of alpha and beta must be positive")
+    finite = all(map(math.isfinite, (alpha, beta, c)))
+    if not (finite and min(alpha, beta) >= 0 and max(alpha, beta) > 0 and c > 0):
+        raise ValueError(
+            "c must be positive, alpha and beta not negative and not both 0; "
+            f"they are {c}, {alpha} and {beta}"
+        )
     for block in blocks_of(model):
         attention, fc1, fc2 = block.attention, block.mlp.fc1, block.mlp.fc2
         d, hidden = fc1.in_features, fc1.out_features
         W_Q, W_K = query_key_projections(d, attention.num_heads, alpha, beta, generator)
         W_V, W_O = value_output_projections(d, c, generator)
-        set_(attention.W_Q, W_Q)
-        set_(attention.W_K, W_K)
-        set_(attention.W_V, W_V)
-        set_(attention.W_O, W_O)
-        set_(fc1, orthogonal_mlp_weight(d, hidden, generator))
-        set_(fc2, orthogonal_mlp_weight(hidden, d, generator))
+        set_linear_(attention.W_Q, W_Q)
+        set_linear_(attention.W_K, W_K)
+        set_linear_(attention.W_V, W_V)
+        set_linear_(attention.W_O, W_O)
+        set_linear_(fc1, orthogonal_mlp_weight(d, hidden, generator))
+        set_linear_(fc2, orthogonal_mlp_weight(hidden, d, generator))
     return model

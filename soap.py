@@ -12,27 +12,25 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-LONGEST_SIDE = 10_000  # that is preconditioned, unless another is asked for
-# Entries of a matrix that a CPU updates by itself: to stack it with others would cost a copy of its
-# state, which is several times its size, and win nothing. A GPU gains by fewer, larger calls.
+LONGEST_SIDE = 10_000  # default of max_precondition_dim
+# Larger matrices are updated one by one on a CPU: stacking them would copy their state, which is
+# several times their size, and save nothing. A GPU is faster with fewer, larger calls.
 ALONE_ON_CPU = 2**15
 
 
 def as_matrix_shape(shape: torch.Size) -> tuple[int, int] | None:
-    """(rows, columns) a parameter is preconditioned as; None for vectors and scalars.
+    """(rows, columns) of the matrix that a parameter is treated as; None for vectors and scalars.
 
-    Axes of size 1 go first, so that a class token of shape (1, 1, d) stays a vector and does not
-    get a d x d factor; what is left beyond two axes is flattened, a conv kernel to (out, rest).
+    Axes of size 1 are dropped, so that a class token of shape (1, 1, d) stays a vector and gets no
+    d x d factor. Axes after the first are flattened: a conv kernel becomes (out, rest).
     """
     sizes = [size for size in shape if size != 1]
-    if len(sizes) < 2:
-        return None
-    return sizes[0], math.prod(sizes[1:])
+    return (sizes[0], math.prod(sizes[1:])) if len(sizes) > 1 else None
 
 
 def kept_of(shape: torch.Size, longest: int = LONGEST_SIDE) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of what SOAP keeps of a parameter: moments, and of each side that is not longer
-    than `longest` Shampoo's factor and its eigenbasis."""
+    """Name and shape of each tensor that SOAP keeps for a parameter of this shape: two moments,
+    and for each side no longer than `longest` Shampoo's factor and its eigenbasis."""
     sides = as_matrix_shape(shape)
     kept = dict.fromkeys(["exp_avg", "exp_avg_sq"], sides or (shape.numel(),))
     for side, size in zip("LR", sides or ()):
@@ -42,12 +40,13 @@ def kept_of(shape: torch.Size, longest: int = LONGEST_SIDE) -> dict[str, tuple[i
 
 
 def eigenbasis(factor: Tensor) -> Tensor:
-    """Eigenvectors of symmetric matrices, (batch, size, size), columns by falling eigenvalue.
+    """Eigenvectors of symmetric matrices (batch, size, size), as columns, largest eigenvalue first.
 
-    A factor of low rank has many equal eigenvalues, on which float32 solvers of GPUs may fail: then
-    in float64, then on the CPU with a little added to the diagonal, which turns no eigenvector.
+    A factor of low rank has many equal eigenvalues, and float32 solvers of GPUs may fail on them.
+    Then we try float64, and then float64 on the CPU with a small multiple of the identity added,
+    which leaves the eigenvectors as they are.
     """
-    here, last = factor.device, None
+    here, failure = factor.device, None
     ways = [(factor.dtype, here, 0.0), (torch.float64, here, 0.0), (torch.float64, "cpu", 1e-9)]
     for dtype, device, added in ways:
         A = factor.to(device, dtype)
@@ -57,18 +56,17 @@ def eigenbasis(factor: Tensor) -> Tensor:
         try:
             return torch.linalg.eigh(A).eigenvectors.flip(-1).to(factor)
         except torch.linalg.LinAlgError as error:
-            last = error
-            told = f"SOAP: eigh failed in {dtype} on {device}; trying another way"
-            warnings.warn(told, stacklevel=1)
-    raise last
+            failure = error
+            warnings.warn(f"SOAP: eigh failed in {dtype} on {device}", stacklevel=1)
+    raise failure
 
 
 def refreshed_basis(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of power iteration and a QR: the eigenbasis follows its slowly moving factor.
+    """One step of power iteration and a QR. It is enough, because the factor changes slowly.
 
-    factor, basis: (batch, size, size). Returns the new basis, columns by falling eigenvalue, and
-    the order, (batch, size), in which the old columns were taken: Adam's second moment is kept
-    per eigenvector and must be permuted alike.
+    factor, basis: (batch, size, size). Returns the new basis, largest eigenvalue first, and the
+    order (batch, size) in which it took the old columns. Adam's second moment holds one number per
+    eigenvector, so it must be permuted in the same way.
     """
     product = factor @ basis
     eigenvalues = (basis * product).sum(dim=-2)  # Rayleigh quotients
@@ -78,7 +76,7 @@ def refreshed_basis(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class SOAP(Optimizer):
-    """SOAP as published, with parameters of one shape stacked and updated in one batched call.
+    """SOAP; parameters of the same shape are stacked and updated in one batched call.
 
     For a gradient G, (rows, columns), and every matrix-shaped parameter:
 
@@ -88,25 +86,27 @@ class SOAP(Optimizer):
         V <- b2 V + (1 - b2) (Q_L^T G Q_R)^2                        both in the eigenbasis
         W <- W - lr Q_L [ M / (sqrt(V) + eps) ] Q_R^T               with Adam's bias correction
 
-    A refresh takes M out of the old basis and into the new. (One can keep M out of it and project
-    it at every step: the same update, by eight products instead of six.) Vectors get plain Adam.
-    Weight decay is decoupled (W <- W - lr wd W).
+    Vectors get plain Adam. Weight decay is decoupled (W <- W - lr wd W).
 
-    **The first step** of a parameter only builds L, R and their eigenbases from its gradient
-    (exact eigendecomposition) and leaves the parameter alone, as the published code does.
+    It differs from the authors' code in one respect: a conv kernel gets two factors, theirs by
+    default one for each of its four axes. (They also keep M outside the basis and project it at
+    every step: the same update, by eight matrix products instead of six.)
 
-    Moments, factors and bases are float32 whatever the parameter's dtype (float64 for float64),
-    and the products are taken in full float32, never TF32.
+    As there, the first step of a parameter only builds L, R and their eigenbases, by an exact
+    eigendecomposition, and does not move it.
+
+    Moments, factors and bases are float32 even for bf16 parameters (float64 for float64), and
+    their products are computed in full float32, never TF32.
 
     Args:
-        lr: step size; Adam's range (1e-4 .. 3e-3).
-        betas: decay of the first and second moment.
+        lr: step size, of the size of Adam's (1e-4 .. 3e-3).
+        betas: decay b1 and b2 of the first and second moment.
         shampoo_beta: decay b of the factors; None takes betas[1].
         eps: added to sqrt(V).
         weight_decay: decoupled weight decay.
-        precondition_frequency: steps between two refreshes of the eigenbases. More often costs
-            time and follows the gradients better; published: 10.
-        max_precondition_dim: a side longer than this is not preconditioned (the other still is).
+        precondition_frequency: steps between two refreshes of the eigenbases [the authors': 10].
+            More frequent refreshes take more time and follow the gradients better.
+        max_precondition_dim: a side longer than this gets no factor; the other side still does.
 
     Raises:
         ValueError: an option out of range.
@@ -124,28 +124,14 @@ class SOAP(Optimizer):
         precondition_frequency: int = 10,
         max_precondition_dim: int = LONGEST_SIDE,
     ):
-        if not lr >= 0:
-            raise ValueError(f"lr must be >= 0, not {lr}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must lie in [0, 1), not {betas}")
-        if shampoo_beta is not None and not 0 <= shampoo_beta < 1:
-            raise ValueError(f"shampoo_beta must lie in [0, 1), not {shampoo_beta}")
-        if not (eps >= 0 and weight_decay >= 0):
-            raise ValueError(f"eps and weight_decay must be >= 0, not {eps} and {weight_decay}")
+        options = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
+        if not (lr >= 0 and eps >= 0 and weight_decay >= 0):
+            raise ValueError("lr, eps and weight_decay must be >= 0")
+        if not all(0 <= beta < 1 for beta in (*betas, shampoo_beta or 0)):
+            raise ValueError("betas and shampoo_beta must lie in [0, 1)")
         if precondition_frequency < 1 or max_precondition_dim < 1:
             raise ValueError("precondition_frequency and max_precondition_dim must be >= 1")
-        super().__init__(
-            params,
-            dict(
-                lr=lr,
-                betas=betas,
-                shampoo_beta=shampoo_beta,
-                eps=eps,
-                weight_decay=weight_decay,
-                precondition_frequency=precondition_frequency,
-                max_precondition_dim=max_precondition_dim,
-            ),
-        )
+        super().__init__(params, options)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -155,7 +141,8 @@ class SOAP(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         matmul = torch.backends.cuda.matmul
-        precision, matmul.fp32_precision = matmul.fp32_precision, "ieee"  # TF32 spoils the factors
+        # TF32 keeps 10 bits of each entry: too few for the factors' small eigenvalues.
+        precision, matmul.fp32_precision = matmul.fp32_precision, "ieee"
         try:
             for group in self.param_groups:
                 alike = defaultdict(list)
@@ -166,6 +153,7 @@ class SOAP(Optimizer):
                         raise RuntimeError("SOAP takes dense real gradients only")
                     alone = p.device.type == "cpu" and p.numel() > ALONE_ON_CPU
                     kind = id(p) if alone else (p.shape, p.dtype, p.device)
+                    # A parameter that had no gradient in some step has taken fewer steps.
                     alike[kind, self.state[p].get("step", 0)].append(p)
                 for (_, step), params in alike.items():
                     self._step_alike(params, step, group)
@@ -198,6 +186,8 @@ class SOAP(Optimizer):
                 X = X @ (S["basis_R"].mT if back else S["basis_R"])
             return X
 
+        # A gradient is never projected on a basis made from itself: the first step, which has no
+        # other basis, moves nothing, and in every later step the factors are updated last.
         if step > 0:
             beta1, beta2 = group["betas"]
             projected = project(G)
@@ -205,6 +195,7 @@ class SOAP(Optimizer):
             S["exp_avg_sq"].lerp_(projected.square(), 1 - beta2)
             update = S["exp_avg"] / S["exp_avg_sq"].sqrt().add_(group["eps"])
             update = project(update, back=True)
+            # Both moments started at zero `step` updates ago; the first step updated neither.
             lr = group["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
             updates = [u.view_as(p).to(p.dtype) for u, p in zip(update, params)]
             torch._foreach_add_(params, updates, alpha=-lr)
@@ -212,7 +203,7 @@ class SOAP(Optimizer):
 
         beta = group["betas"][1] if group["shampoo_beta"] is None else group["shampoo_beta"]
         refreshed = step % group["precondition_frequency"] == 0
-        if refreshed and step > 0:
+        if refreshed and step > 0:  # M is linear in G: rotate it out of the old basis ...
             S["exp_avg"] = project(S["exp_avg"], back=True)
         for side in sides:
             gram = G @ G.mT if side == "L" else G.mT @ G
@@ -221,43 +212,30 @@ class SOAP(Optimizer):
                 S[f"basis_{side}"] = eigenbasis(factor)
             elif refreshed:
                 S[f"basis_{side}"], order = refreshed_basis(factor, S[f"basis_{side}"])
+                # V holds squares, which cannot be rotated: each only follows its eigenvector.
                 axis = -2 if side == "L" else -1
                 order = order.unsqueeze(-1 if side == "L" else -2).expand_as(G)
                 S["exp_avg_sq"] = S["exp_avg_sq"].gather(axis, order)
-
-        if refreshed and step > 0:
+        if refreshed and step > 0:  # ... and into the new one
             S["exp_avg"] = project(S["exp_avg"])
 
         for state in states:
             state["step"] = step + 1
         for name in kept:
-            if name.startswith("basis") and not refreshed:
-                continue
-            values = S[name].unbind()
+            changed = refreshed or not name.startswith("basis")
             if step == 0:
-                for state, value in zip(states, values):
-                    state[name] = value.clone()  # its own memory, not a view of the whole stack
-            elif values[0].data_ptr() != states[0][name].data_ptr():  # else changed in place
-                torch._foreach_copy_([state[name] for state in states], list(values))
+                for state, value in zip(states, S[name]):
+                    state[name] = value.clone()  # a view would keep the whole stack in memory
+            elif changed and S[name].data_ptr() != states[0][name].data_ptr():  # not in place
+                torch._foreach_copy_([state[name] for state in states], list(S[name]))
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As every optimizer's, except that float32 state of bf16 parameters stays float32.
-
-        The base class casts state to the parameter's dtype, which would spoil an exact resume.
-        Raises ValueError where a parameter's is not of its shape or type.
-        """
+        """As for every optimizer, except that float32 state of bf16 parameters stays float32: the
+        base class casts it to the parameter's dtype, and a resumed run would not be exact."""
         super().load_state_dict(state_dict)
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        groups = [(p, group) for group in self.param_groups for p in group["params"]]
-        for i, (p, group) in zip(saved_ids, groups):
-            state = state_dict["state"].get(i, {})
-            found = {name: x for name, x in state.items() if isinstance(x, Tensor)}
-            expected = kept_of(p.shape, group["max_precondition_dim"]) if state else {}
-            kept_in = torch.promote_types(p.dtype, torch.float32)
-            alike = {name: tuple(x.shape) for name, x in found.items()} == expected
-            alike &= all(x.dtype == kept_in for x in found.values())
-            if not alike or type(state.get("step", 0)) is not int:
-                raise ValueError(
-                    f"the state of parameter {i} is not that of {tuple(p.shape)}, {kept_in}"
-                )
-            self.state[p] |= {name: x.to(p.device, copy=True) for name, x in found.items()}
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(saved_ids, params):
+            for name, x in state_dict["state"].get(i, {}).items():
+                if isinstance(x, Tensor):
+                    self.state[p][name] = x.to(p.device, copy=True)

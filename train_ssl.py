@@ -5,16 +5,16 @@
     python train_ssl.py --data /imagenet                the same network with its skips
 
 A student sees crops of an image and learns to predict what a teacher, the running average of the
-student, says of two large crops of it. DATA holds train/<class>/*; the labels are never trained
-on. If there is a val/, with the same classes, a weighted k-nearest-neighbour vote on the teacher's
-features is measured on it every few epochs: that is the number to watch, since the loss says little
-(near ln(prototypes) the output is uniform). Without --data images are synthetic (`shapes.py`).
-Each run writes a folder: log.jsonl, curves.png and last.pt.
-`torchrun --nproc-per-node=N train_ssl.py ...` trains on N GPUs, or on N CPU processes.
+student, says of two large crops of it. DATA holds train/<class>/*, whose labels are never trained
+on, and optionally val/<class>/*. If there is a val/, a weighted k-nearest-neighbour vote on the
+teacher's features is measured on it every few epochs. That is the number to watch, because the loss
+says little: near ln(prototypes) the output is uniform. Without --data the images are synthetic
+(`Shapes`). Each run writes a folder: log.jsonl, curves.png and last.pt.
+`torchrun --nproc-per-node=N train_ssl.py ...` trains on N GPUs, or in N processes on the CPU.
 
 Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021
-(arXiv 2104.14294); without skips Ji et al., "Cutting the Skip" (arXiv 2510.00345). Where we leave
-DINO's published code, the line says so.
+(arXiv 2104.14294); without skips Ji et al., "Cutting the Skip" (arXiv 2510.00345). A comment marks
+each line that departs from DINO's published code.
 """
 
 import argparse
@@ -29,118 +29,148 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
-import cli
-import engine
-import files
-import identity_init
-import networks
-from data import Batches, augmentations, image_folders, make_loader, normalise
-from knn import knn_accuracy
-from minskip import ViT
-from run import Run
-from shapes import Shapes
+from beyond.arms import arm_of, complete
+from beyond.identity_init import NEEDS, hold_pairs, identity_init_
+from beyond.variants import CHOICES, start_, vary_
+from minskip import PRESETS, ViT, conditioned_init_
+from soap import SOAP
+from support import processes
+from support.data import CORES, Batches, augmentations, image_folders, make_loader, normalise
+from support.errors import UserError, errors_in_one_line
+from support.files import load_checkpoint
+from support.flags import (
+    COMMON,
+    COUNT,
+    COUNT_OR_0,
+    FRACTION,
+    FREE_TO_CHANGE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    WORKERS,
+    given_flags,
+    settings_of,
+    stored_settings,
+)
+from support.knn import knn_accuracy
+from support.processes import autocast, say
+from support.run import Run
+from support.shapes import Shapes
 
 # --------------------------------------------------------------------------------------------------
-# Settings
+# Settings: one row per flag. Without --data the first value holds, with --data the second.
 # --------------------------------------------------------------------------------------------------
 
-DEMO = cli.COMMON | dict(  # ten synthetic classes, two CPU cores
-    model="nano",
-    image_size=32,
-    patch_size=8,
-    pool="cls",
-    pos_embed_std=0.5,
-    alpha=1.8,  # of --init paper: the paper's constants for ViT-S with DINO
-    beta=1.0,
-    c=3.0,
-    opt="soap",  # DINO has AdamW
-    lr=dict(soap=3e-3, adamw=2e-3),
-    epochs=6,
-    warmup_epochs=0.5,
-    batch_size=64,
-    drop_path=0.0,
-    local_crops=4,
-    crop_split=0.5,
-    prototypes=256,
-    teacher_temperature=0.04,
-    momentum=0.98,  # averages 50 steps: a run has 468
-    knn_every=3,
-    workers=cli.CORES - 1,
-)
-FOLDER = dict(  # --data, with ImageNet in mind
-    model="small",
-    image_size=224,
-    patch_size=16,
-    pos_embed_std=0.02,
-    lr=dict(soap=2e-3, adamw=2e-3),  # DINO's 5e-4 x batch / 256, at this batch; not scaled with it
-    epochs=300,
-    warmup_epochs=10,
-    batch_size=1024,
-    drop_path=0.1,
-    local_crops=8,
-    crop_split=0.25,  # DINO's for ViT-S: global crops of .25 .. 1, local ones of .05 .. .25
-    prototypes=65536,
-    teacher_temperature=0.07,
-    momentum=0.996,
-    knn_every=10,
-    workers=cli.CORES,
-)
-SKIPLESS = dict(  # --skipless, over either; the paper's init where it was published
-    init=dict(nano="identity", tiny="identity", small="paper", base="identity", large="identity"),
-    lr=dict(
-        paper=dict(soap=5e-4, adamw=3e-4),
-        default=dict(soap=5e-4, adamw=3e-4),
-    ),
-    drop_path=0.0,  # a dropped sub-block would leave nothing
-)
+SETTINGS = dict(
+    # name           demo      --data    takes
+    model=           ("nano",   "small",  [*PRESETS],    "width and depth; nano is for CPUs"),
+    depth=           (None,     None,     COUNT,         "number of blocks [12; large 24]"),
+    image_size=      (32,       224,      COUNT,         "side of the images, pixels"),
+    patch_size=      (8,        16,       COUNT,
+        "side of a patch, pixels; half the side makes four times the tokens"),
+    skipless=        (False,    False,    bool,          "train without skip connections"),
+    init=            ("default", "default", ["identity", "paper", "default"],
+        "weights the blocks start from: identity, ours, keeps tokens best in small networks; "
+        "paper, from Cutting the Skip; default, std 0.02, with which a skipless network learns "
+        "little; with --skipless identity, for small paper"),
+    alpha=           (1.8,      1.8,      NOT_NEGATIVE,
+        "of --init paper: weight of the random part of W_Q W_K^T, 0.5 .. 2; too large: attention "
+        "starts one-hot at random places"),
+    beta=            (1.0,      1.0,      NOT_NEGATIVE,
+        "of --init paper: weight of the identity in W_Q W_K^T, 0.5 .. 2; too small: tokens become "
+        "alike with depth"),
+    c=               (3.0,      3.0,      POSITIVE,
+        "of --init paper: scale of W_V and W_O, 1 .. 3; smaller makes each step relatively larger"),
+    pool=            ("cls",    "cls",    ["cls", "mean"],
+        "what is read off: the class token, or the mean of the patch tokens; with --init identity "
+        "mean"),
+    pos_embed_std=   (0.5,      0.02,     NOT_NEGATIVE,
+        "standard deviation at which the position embedding starts, 0.02 .. 1; with --init "
+        "identity 0.5"),
+    norm=            ("layernorm", "layernorm", CHOICES["norm"],
+        "what normalises in the blocks (beyond/variants.py)"),
+    attention=       ("softmax", "softmax", CHOICES["attention"],
+        "how tokens mix; the others start near the identity or keep tokens apart"),
+    activation=      ("gelu",   "gelu",   CHOICES["activation"],
+        "of the MLPs; tat: a leaky ReLU fitted to the depth"),
+    opt=             ("soap",   "soap",   ["soap", "adamw"],
+        "optimizer; soap is the paper's and matters without skips"),
+    lr=              (None,     None,     POSITIVE,
+        "peak learning rate; too large: the loss stays at its first value [by network and "
+        "optimizer, LEARNING_RATE in this script: SOAP 3e-3, with --data 2e-3, for --init paper "
+        "5e-4]"),
+    epochs=          (6,        300,      COUNT,         "passes over the training images"),
+    warmup_epochs=   (0.5,      10,       NOT_NEGATIVE,
+        "epochs in which the learning rate rises, fractions too; too few: the loss jumps in the "
+        "first steps"),
+    batch_size=      (64,       1024,     COUNT,         "images per step, over all processes"),
+    drop_path=       (0.0,      0.1,      FRACTION,
+        "stochastic depth of the last block, with skips only"),
+    local_crops=     (4,        8,        COUNT_OR_0,
+        "crops of about 3/7 of the size, beside two global ones"),
+    crop_split=      (0.5,      0.25,     FRACTION,
+        "share of the image's area: global crops cover between it and all, local crops between a "
+        "fifth of it and it; too small: crops of one image have nothing in common"),
+    prototypes=      (256,      65536,    COUNT,
+        "outputs of the head; more tell finer differences"),
+    teacher_temperature= (0.04,  0.07,     POSITIVE,
+        "sharpness of the teacher, 0.04 .. 0.07; too high: its output becomes uniform"),
+    momentum=        (0.98,     0.996,    FRACTION,
+        "of the teacher at the start, rising to 1: it averages the last 1 / (1 - m) steps; short "
+        "runs want less"),
+    knn_every=       (3,        10,       COUNT,         "epochs between two k-NN measurements"),
+    workers=         (CORES - 1, CORES,    WORKERS,       "processes that load images"),
+) | COMMON  # fmt: skip
+
+# The init of --skipless, by model: ours, but the paper's where it was published.
+INIT = dict(nano="identity", tiny="identity", small="paper", base="identity", large="identity")
+
+# Peak learning rate by network; see train_cls.py. With --data DINO's 5e-4 x batch / 256, at this
+# batch size; not scaled with another.
+LEARNING_RATE = {
+    #                    demo                         --data
+    "residual":          (dict(soap=3e-3, adamw=2e-3), dict(soap=2e-3, adamw=2e-3)),
+    "skipless-identity": (dict(soap=3e-3, adamw=2e-3), dict(soap=2e-3, adamw=2e-3)),
+    "skipless-paper":    (dict(soap=5e-4, adamw=3e-4), dict(soap=5e-4, adamw=3e-4)),
+    "skipless-default":  (dict(soap=5e-4, adamw=3e-4), dict(soap=5e-4, adamw=3e-4)),
+}  # fmt: skip
+
 # DINO's, for every run
 LAST_LR = 1e-6
-WEIGHT_DECAY = (0.04, 0.4)  # first and last step
+WEIGHT_DECAY = (0.04, 0.4)  # at the first and last step
 STUDENT_TEMPERATURE = 0.1
 FIRST_TEACHER_TEMPERATURE = 0.04  # rises to --teacher-temperature over a tenth of the epochs
 CENTRE_MOMENTUM = 0.9
-CLIP_GRAD = 3.0  # largest norm of each parameter's gradient by itself
-FROZEN_EPOCHS = 1  # of the prototypes
-ADAMW_BETAS = (0.9, 0.999)
+CLIP_GRAD = 3.0  # largest norm of each parameter's own gradient
+FROZEN_EPOCHS = 1  # for the prototypes
 
-SMALL_SET = 100_000  # images; of a larger one k-NN before training would take long
-SHAPES_TRAIN, SHAPES_VAL = 5_000, 2_000
+SMALL_SET = 100_000  # images; in a larger set k-NN before training would take long
+SHAPES_TRAIN, SHAPES_VAL = 5_000, 2_000  # synthetic images
 
 
-def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
+def read_settings() -> tuple[argparse.Namespace, dict | None]:
     """(the settings of this run, the checkpoint that --resume names)."""
-    p, add = cli.trainer_flags(__doc__, DEMO, FOLDER, SKIPLESS)
-    add("--local-crops", "crops of about 3/7 the size, beside two global ones", cli.count_or_0)
-    add(
-        "--crop-split",
-        "share of the image's area: global crops cover between it and all, local crops between a "
-        "fifth of it and it; too small: crops of one image have nothing in common",
-        cli.share,
-    )
-    add("--prototypes", "outputs of the head; more tell images finer apart", cli.count)
-    add(
-        "--teacher-temperature",
-        "sharpness of the teacher, 0.04 .. 0.07; too high: its output turns uniform",
-        cli.positive,
-    )
-    add(
-        "--momentum",
-        "of the teacher at the start, rising to 1; the teacher averages the last 1 / (1 - m) "
-        "steps: short runs want less",
-        cli.share,
-    )
-    add("--knn-every", "epochs between two k-NN measurements", cli.count)
-    explicit = vars(p.parse_args())
-    path = explicit.get("resume")
-    checkpoint = files.load_checkpoint(path, "train_ssl") if path else None
-    stored = checkpoint and cli.stored_settings(p, DEMO, checkpoint)
-    free = cli.FREE_TO_CHANGE | {"grad_accum"}  # which up to rounding changes nothing either
-    return cli.settle(explicit, DEMO, FOLDER, SKIPLESS, stored, free), checkpoint
+    given = given_flags(__doc__, SETTINGS)
+    if "resume" in given:
+        checkpoint = load_checkpoint(given["resume"], "train_ssl")
+        return stored_settings(checkpoint["args"], given, FREE_TO_CHANGE), checkpoint
+    args = settings_of(SETTINGS, given)
+    complete(args, given, INIT)  # what the network asks of the other settings
+    network = f"skipless-{args.init}" if args.skipless else "residual"
+    args.lr = args.lr or LEARNING_RATE[network]["data" in given][args.opt]
+    return args, None
 
 
 # --------------------------------------------------------------------------------------------------
-# Crops
+# Images: the crops of each
 # --------------------------------------------------------------------------------------------------
+
+
+def load_sets(args: argparse.Namespace):
+    """(training set, validation set or None), their images checked; the second is only for k-NN."""
+    if args.data:
+        return image_folders(args.data, check=processes.main_process(), need_val=False)
+    train_set = Shapes("train", SHAPES_TRAIN, args.image_size)
+    return train_set, Shapes("val", SHAPES_VAL, args.image_size)
 
 
 def local_size(image_size: int, patch_size: int) -> int:
@@ -149,7 +179,7 @@ def local_size(image_size: int, patch_size: int) -> int:
 
 
 def blurred(image: Image.Image) -> Image.Image:
-    """A Gaussian blur of random width, by Pillow: several times as fast as a dense kernel."""
+    """A Gaussian blur of random width, by Pillow, which is several times as fast as torchvision."""
     sigma = torch.empty(()).uniform_(0.1, 2.0).item()
     return image.filter(ImageFilter.GaussianBlur(sigma))
 
@@ -157,10 +187,10 @@ def blurred(image: Image.Image) -> Image.Image:
 class MultiCrop:
     """image -> ((2, 3, size, size), (local_crops, 3, small, small)), uint8: DINO's augmentation.
 
-    Ours: blur only from 96 px up, as on smaller images it erases what there is to see (SimCLR
-    leaves it out on CIFAR). drawn: the images are `Shapes`. Two crops of one share its colours and
-    the direction of its grating, which would be all a network learned; so hues and angles are
-    drawn anew for each crop.
+    Unlike DINO we blur only crops of 96 px or more: on smaller ones a blur erases what there is to
+    see (SimCLR leaves it out on CIFAR). drawn: the images are `Shapes`. Two crops of one image
+    share its colours and the direction of its gratings, and a network would learn nothing else;
+    so hues and angles are drawn anew for each crop.
     """
 
     def __init__(self, size: int, small: int, local_crops: int, split: float, drawn: bool):
@@ -186,7 +216,7 @@ class MultiCrop:
         return v2.Compose([*steps, v2.RandomSolarize(128, p=solarize), v2.PILToTensor()])
 
     def __call__(self, image: Image.Image | Tensor) -> tuple[Tensor, Tensor]:
-        if self.drawn:  # on images this small Pillow is several times as fast as tensors are
+        if self.drawn:  # on images this small Pillow is several times as fast as tensors
             image = v2.functional.to_pil_image(image)
         global_crops = torch.stack([self.first(image), self.second(image)])
         local_crops = global_crops.new_zeros(self.local_crops, 3, self.small, self.small)
@@ -196,15 +226,42 @@ class MultiCrop:
 
 
 # --------------------------------------------------------------------------------------------------
-# Networks and loss
+# Student, teacher and loss
 # --------------------------------------------------------------------------------------------------
+
+
+def build_backbone(args: argparse.Namespace) -> ViT:
+    """The backbone at initialisation. Raises UserError for sizes that do not fit together."""
+    size = PRESETS[args.model] | dict(depth=args.depth)
+    needs = NEEDS if args.init == "identity" else {}
+    try:
+        model = ViT(
+            args.image_size,
+            args.patch_size,
+            num_classes=0,  # its output is the pooled feature
+            **size | needs,
+            residual=not args.skipless,  # minskip.Block.forward: x + f(x), or f(x)
+            pool=args.pool,
+            pos_embed_std=args.pos_embed_std,
+            drop_path=args.drop_path,
+        )
+        # Other norms, attentions and activations, if asked for; the defaults change nothing.
+        vary_(model, norm=args.norm, attention=args.attention, activation=args.activation)
+        if args.init == "paper":
+            conditioned_init_(model, args.alpha, args.beta, args.c)
+        elif args.init == "identity":
+            identity_init_(model)
+        return start_(model)  # the initial weights of those other parts
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 class Head(nn.Module):
     """Three layers to a unit vector, then its cosine with each prototype.
 
-    The prototypes are normalised here, in forward: parametrised weights cannot be deep-copied
-    everywhere, and a plain parameter can. It is DINO's norm_last_layer=True, always.
+    DINO's norm_last_layer=True, always. We normalise the prototypes in forward, because a plain
+    parameter can be deep-copied everywhere, unlike a parametrised weight; and they start at a
+    length of about .32 at 256 inputs, DINO's at .58.
     Shapes: (batch, dim) -> (batch, prototypes).
     """
 
@@ -229,7 +286,7 @@ class Head(nn.Module):
 
 
 class Network(nn.Module):
-    """Backbone and head. Student and teacher are one each."""
+    """A backbone and its head. The student is one, the teacher another."""
 
     def __init__(self, backbone: ViT, prototypes: int):
         super().__init__()
@@ -238,10 +295,10 @@ class Network(nn.Module):
         self.backbone, self.head = backbone, Head(dim, hidden, bottleneck, prototypes)
 
     def forward(self, *groups: Tensor) -> tuple[Tensor, Tensor]:
-        """Crops of one resolution go through the backbone together: a pass a resolution.
+        """All crops of one resolution go through the backbone together, so one pass per resolution.
 
-        groups: (batch, crop, 3, size, size) each. Returns the features, (crop, batch, dim), and
-        the logits, (crop, batch, prototypes), with the crops of the first group first.
+        groups: one (batch, crop, 3, size, size) per resolution. Returns the features, (crop, batch,
+        dim), and the logits, (crop, batch, prototypes), the crops of the first group first.
         """
         batch = len(groups[0])
         features = torch.cat([
@@ -276,6 +333,32 @@ def dino_loss(student_logits: Tensor, targets: Tensor, temperature: float) -> Te
     return torch.stack(pairs).mean()
 
 
+# --------------------------------------------------------------------------------------------------
+# Optimizer and schedules
+# --------------------------------------------------------------------------------------------------
+
+
+def build_optimizer(args: argparse.Namespace, student: Network) -> torch.optim.Optimizer:
+    """SOAP or AdamW (DINO's). Biases, norms and embeddings, the second group, are not decayed.
+
+    (DINO decays class token and position embedding.)
+    """
+    decayed, plain = [], []
+    for name, p in student.named_parameters():
+        (plain if p.ndim < 2 or name.endswith(("cls_token", "pos_embed")) else decayed).append(p)
+    groups = [
+        dict(params=decayed, weight_decay=WEIGHT_DECAY[0]),
+        dict(params=plain, weight_decay=0.0),
+    ]
+    if args.opt == "soap":
+        optimizer = processes.sharing_state(groups, SOAP, lr=args.lr)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
+    if args.init == "identity":  # or the optimizer would overwrite the identity path
+        hold_pairs(optimizer, student.backbone)
+    return optimizer
+
+
 @torch.no_grad()
 def clip_each_(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
     """Scale each gradient down to a norm of `largest`; returns the norm of all before that."""
@@ -286,17 +369,48 @@ def clip_each_(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
     return norms.norm()
 
 
+def cosine(first: float, last: float, progress: float) -> float:
+    """Half a cosine from first to last while progress goes from 0 to 1."""
+    return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def lr_at(step: int, steps: int, warmup: int, peak: float) -> float:
+    """A line up to `peak` over `warmup` steps, then half a cosine down to `LAST_LR` at `steps`.
+
+    (DINO's line starts at 0 and reaches the peak one step earlier.)
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return cosine(peak, min(LAST_LR, peak), (step - warmup) / (steps - warmup))
+
+
 def scheduled(step: int, steps: int, warmup: int, args: argparse.Namespace) -> dict[str, float]:
-    """What changes with the global step, of `steps`: a function of it, so nothing to resume."""
+    """What changes with the global step: a function of it, so there is nothing to resume."""
     progress = step / steps
     rise = min(10 * progress, 1.0)
     first = min(FIRST_TEACHER_TEMPERATURE, args.teacher_temperature)
     return dict(
-        lr=engine.lr_at(step, steps, warmup, args.lr, LAST_LR),
-        weight_decay=engine.cosine(*WEIGHT_DECAY, progress),
-        momentum=engine.cosine(args.momentum, 1.0, progress),
+        lr=lr_at(step, steps, warmup, args.lr),
+        weight_decay=cosine(*WEIGHT_DECAY, progress),
+        momentum=cosine(args.momentum, 1.0, progress),
         teacher_temperature=first + rise * (args.teacher_temperature - first),
     )
+
+
+# --------------------------------------------------------------------------------------------------
+# What is watched: k-NN accuracy and signs of collapse
+# --------------------------------------------------------------------------------------------------
+
+
+def knn_loaders(args: argparse.Namespace, sets: tuple, device, rank: int, world: int) -> list:
+    """Loaders of both sets for `knn_accuracy`, unaugmented; none without a validation set."""
+    if sets[1] is None:
+        return []
+    if len(sets[1]) < world:
+        raise UserError(f"--data {args.data}: fewer images in val/ than the {world} processes")
+    _, transform = augmentations(args.image_size, drawn=args.data is None)
+    batches = [Batches(len(data), 256, 0, False, rank, world) for data in sets]
+    return [make_loader(d, transform, b, args.workers, device) for d, b in zip(sets, batches)]
 
 
 @torch.no_grad()
@@ -321,61 +435,42 @@ def warning_of(row: dict, args: argparse.Namespace) -> str | None:
 
 
 # --------------------------------------------------------------------------------------------------
-# The run
+# Training
 # --------------------------------------------------------------------------------------------------
 
 
-def load_sets(args: argparse.Namespace):
-    """(training set, validation set or None): the second is for k-NN alone."""
-    if args.data is None:
-        train_set = Shapes("train", SHAPES_TRAIN, args.image_size)
-        return train_set, Shapes("val", SHAPES_VAL, args.image_size)
-    return image_folders(args.data, check=engine.main_process(), need_val=False)
-
-
-def knn_loaders(args: argparse.Namespace, sets: tuple, device, rank: int, world: int) -> list:
-    """Loaders of both sets for `knn_accuracy`, unaugmented; none without a validation set."""
-    if sets[1] is None:
-        return []
-    if len(sets[1]) < world:
-        cli.fail(f"--data {args.data}: fewer images in val/ than the {world} processes")
-    _, transform = augmentations(args.image_size, drawn=args.data is None)
-    batches = [Batches(len(data), 256, 0, False, rank, world) for data in sets]
-    return [make_loader(d, transform, b, args.workers, device) for d, b in zip(sets, batches)]
-
-
-def main() -> None:
-    args, checkpoint = parse_arguments()
-    device, rank, world = engine.start_processes(args.device)
+def train(args: argparse.Namespace, checkpoint: dict | None) -> None:
+    device, rank, world = processes.start_processes(args.device)
 
     train_set, val_set = load_sets(args)
     classes, data_name = train_set.classes, args.data or "Shapes"
     if checkpoint and checkpoint["classes"] != classes:
-        cli.fail(f"{data_name} has other classes than the checkpoint was trained on")
-    engine.check_batch_size(args.batch_size, world * args.grad_accum, len(train_set), data_name)
+        raise UserError(f"{data_name} has other classes than the checkpoint was trained on")
+    processes.check_batch_size(args.batch_size, world * args.grad_accum, len(train_set), data_name)
     small = local_size(args.image_size, args.patch_size)
-    crops = MultiCrop(args.image_size, small, args.local_crops, args.crop_split, args.data is None)
+    drawn = args.data is None
+    to_crops = MultiCrop(args.image_size, small, args.local_crops, args.crop_split, drawn)
     batches = Batches(len(train_set), args.batch_size, args.seed, True, rank, world)
-    loader = make_loader(train_set, crops, batches, args.workers, device)
+    loader = make_loader(train_set, to_crops, batches, args.workers, device)
     to_measure = knn_loaders(args, (train_set, val_set), device, rank, world)
 
     torch.manual_seed(args.seed)
-    backbone = networks.build_vit(args, 0, checkpoint)
+    backbone = build_backbone(args)
     student = Network(backbone, args.prototypes).to(device)
-    network = engine.in_processes(torch.compile(student) if args.compile else student, device)
+    compiled = torch.compile(student) if args.compile else student
+    network = processes.averaging_gradients(compiled, device)
     teacher = copy.deepcopy(student).requires_grad_(False).eval()  # eval: no drop-path
     teacher_parameters, student_parameters = list(teacher.parameters()), list(student.parameters())
     centre = torch.zeros(args.prototypes, device=device)
-    optimizer = engine.build_optimizer(student, args.opt, args.lr, WEIGHT_DECAY[0], ADAMW_BETAS)
-    if args.init == "identity":
-        identity_init.hold_pairs(optimizer, backbone)
+    optimizer = build_optimizer(args, student)
     if args.checkpoint_activations:
-        engine.checkpoint_activations_(backbone)
+        processes.checkpoint_activations_(backbone)
     target_network = torch.compile(teacher) if args.compile else teacher
 
     run = Run(
         args,
-        "ssl",
+        "train_ssl",
+        arm_of(args),
         device,
         train_set,
         batches,
@@ -391,53 +486,56 @@ def main() -> None:
     )
     del checkpoint  # its copy of the weights and the optimizer's state
     run.describe(student.backbone, data_name)
-    engine.say(f"crops   2 of {args.image_size} px and {args.local_crops} of {small} px an image")
+    say(f"crops   2 of {args.image_size} px and {args.local_crops} of {small} px per image")
     groups = (2, args.image_size), (args.local_crops, small)
     run.describe_memory(student, *[(count, 3, size, size) for count, size in groups if count])
     if not to_measure:
-        engine.say(f"k-NN    off: {args.data} has no val/ to measure on")
+        say(f"k-NN    off: {args.data} has no val/ to measure on")
     elif not run.history and len(train_set) <= SMALL_SET:
         knn = knn_accuracy(teacher.backbone, *to_measure, device, args.amp)
         run.history.append(dict(epoch=0, knn=knn))
-        engine.say(f"epoch   0  k-NN {knn:.1f} % before training")
+        say(f"epoch   0  k-NN {knn:.1f} % before training")
     warned = {None}
     for epoch in run.epochs():
         student.train()
         for (global_crops, local_crops), _ in run.steps(loader):
+            # Functions of the global step, set by hand: nothing to resume.
             now = scheduled(run.global_step, run.total_steps, run.warmup_steps, args)
-            groups = [normalise(x) for x in (global_crops, local_crops) if x.numel()]
-            step_loss, seen = 0.0, []
-            for some in engine.micro_batches(network, args.grad_accum, *groups):
-                with engine.autocast(device, args.amp):
-                    with torch.no_grad():  # the teacher sees the global crops only
-                        features, teacher_logits = target_network(some[0])
-                    _, student_logits = network(*some)
+            decayed, plain = optimizer.param_groups
+            decayed["lr"] = plain["lr"] = now["lr"]
+            decayed["weight_decay"] = now["weight_decay"]
+
+            crop_groups = [normalise(x) for x in (global_crops, local_crops) if x.numel()]
+            step_loss, parts = 0.0, []
+            for crops in processes.micro_batches(network, args.grad_accum, *crop_groups):
+                with autocast(device, args.amp):
+                    with torch.no_grad():  # the teacher learns by averaging, not by gradients
+                        features, teacher_logits = target_network(crops[0])  # global crops only
+                    _, student_logits = network(*crops)
                 targets = teacher_targets(teacher_logits, centre, now["teacher_temperature"])
                 loss = dino_loss(student_logits, targets, STUDENT_TEMPERATURE)
                 (loss / args.grad_accum).backward()
                 step_loss += loss.detach() / args.grad_accum
-                seen.append((features, teacher_logits, targets))
-            features, teacher_logits, targets = (torch.cat(x, dim=1) for x in zip(*seen))
-            if epoch < FROZEN_EPOCHS:
+                parts.append((features, teacher_logits, targets))
+            features, teacher_logits, targets = (torch.cat(x, dim=1) for x in zip(*parts))
+
+            if epoch < FROZEN_EPOCHS:  # at first the prototypes would follow an untrained backbone
                 student.head.prototypes.grad = None
             norm = clip_each_(student_parameters, CLIP_GRAD)
-            # ends the run if one is not finite
+            # before the step: ends the run if one of them is not finite
             run.add(loss=step_loss, grad_norm=norm, **health(targets, features))
-            decayed, plain = optimizer.param_groups
-            decayed["lr"] = plain["lr"] = now["lr"]
-            decayed["weight_decay"] = now["weight_decay"]
             optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
                 # theta_t <- m theta_t + (1 - m) theta_s, and c <- .9 c + .1 mean of g_t
                 torch._foreach_lerp_(teacher_parameters, student_parameters, 1 - now["momentum"])
                 batch_centre = teacher_logits.mean(dim=(0, 1), dtype=centre.dtype)
-                centre.lerp_(engine.mean_over_processes(batch_centre), 1 - CENTRE_MOMENTUM)
+                centre.lerp_(processes.mean_over_processes(batch_centre), 1 - CENTRE_MOMENTUM)
 
         due = to_measure and ((epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs)
         knn = knn_accuracy(teacher.backbone, *to_measure, device, args.amp) if due else None
         row = run.end_epoch(knn=knn, lr=now["lr"], momentum=now["momentum"])
-        engine.say(
+        say(
             f"epoch {epoch + 1:3d}  loss {row['loss']:.3f}  teacher entropy "
             f"{row['teacher_entropy']:.2f} of {math.log(args.prototypes):.2f}  feature std "
             f"{row['feature_std']:.2f}  "
@@ -445,15 +543,19 @@ def main() -> None:
             + f"{row['images_per_s']:.0f} images/s"
         )
         if (warning := warning_of(row, args)) not in warned:
-            engine.say(f"warning: {warning}; try a smaller --lr, --momentum or --prototypes")
+            say(f"warning: {warning}; try a smaller --lr, --momentum or --prototypes")
             warned.add(warning)
 
     final = run.history[-1]
     result = "k-NN off" if final["knn"] is None else f"k-NN top-1 {final['knn']:.1f} %"
-    engine.say(f"{result}  ({final['epoch']} epochs, {final['minutes']:.1f} min)")
-    engine.end_processes()
+    say(f"{result}  ({final['epoch']} epochs, {final['minutes']:.1f} min)")
+
+
+def main() -> None:
+    train(*read_settings())
+    processes.end_processes()
 
 
 if __name__ == "__main__":
-    with cli.one_line_errors("raise --grad-accum"):
+    with errors_in_one_line("raise --grad-accum"):
         main()

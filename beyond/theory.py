@@ -1,18 +1,18 @@
 """The APJN of a transformer at initialisation, by a recursion over its blocks.
 
-The averaged partial Jacobian norm, of n tokens of width d, from block l to the last, L, is
+The averaged partial Jacobian norm (APJN), for n tokens of width d, from block l to the last, L, is
 
     J^{L,l} = E || d h^L / d h^l ||_F^2 / (n d),
 
-the mean squared effect on the last tokens of a random change after block l.
+the mean square by which a random change after block l changes the last tokens.
 
-Take u and v, one coordinate of two tokens, jointly Gaussian with E u^2 = E v^2 = q and E u v = p.
-All that the recursion asks of a map f is then four numbers, functions of (q, p):
+Let u and v be the same coordinate of two tokens, jointly Gaussian with E u^2 = E v^2 = q and
+E u v = p. Of each map f in a block the recursion needs only four moments, functions of (q, p):
 
     E f(u)^2,   E f(u) f(v),   E f'(u)^2,   E f'(u) f'(v)
 
 Source: "Subcritical Signal Propagation at Initialization in Normalization-Free Transformers"
-(arXiv 2604.11890). The pair form below, and the last of a normaliser's four numbers, are ours.
+(arXiv 2604.11890). The pair form below, and the fourth moment of the normalisers, are ours.
 """
 
 import math
@@ -25,54 +25,54 @@ from torch import Tensor
 
 from minskip import ViT
 
-Four = tuple[float, float, float, float]
+Moments = tuple[float, float, float, float]
 
 
-def grid(std: float, width: float) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of E f(h), h ~ N(0, std^2), for an f that bends over a distance width."""
+def nodes_and_weights(std: float, width: float) -> tuple[Tensor, Tensor]:
+    """Of a quadrature for E f(h), h ~ N(0, std^2), where f bends over a distance of `width`."""
     step = width / max(std, width) / 3  # trapezoids: exponentially accurate, however large std is
     z = step * torch.arange(-math.ceil(8 / step), math.ceil(8 / step) + 1, dtype=torch.float64)
     density = torch.exp(-(z**2) / 2)
     return std * z, density / density.sum()
 
 
-def smooth(q: float, p: float, f: Callable = F.gelu, width: float = 1.0) -> Four:
-    """Any smooth f, by quadrature; by default the GELU.
+def smooth(q: float, p: float, f: Callable = F.gelu, width: float = 1.0) -> Moments:
+    """Moments of any smooth f, by quadrature; by default of the GELU.
 
-    u = shared + own, v = +-shared + own', of variances |p| and q - |p|: given the shared part they
-    are independent, and E f(u) and E f(v) the same function of it.
+    Write u = s + t and v = +-s + t', with s shared, of variance |p|, and t, t' independent, of
+    variance q - |p|. Given s, f(u) and f(v) are independent, with the same mean as a function of s.
     """
-    shared, w_shared = grid(math.sqrt(abs(p)), width)
-    own, w_own = grid(math.sqrt(max(q - abs(p), 0)), width)
-    h = shared[:, None] + own
-    numbers = []
+    s, w_s = nodes_and_weights(math.sqrt(abs(p)), width)
+    t, w_t = nodes_and_weights(math.sqrt(max(q - abs(p), 0)), width)
+    h = s[:, None] + t
+    moments = []
     for values in (f(h), torch.func.grad(lambda h: f(h).sum())(h)):
-        of_u = values @ w_own
-        of_v = of_u if p >= 0 else of_u.flip(0)
-        numbers += [w_shared @ values**2 @ w_own, w_shared @ (of_u * of_v)]
-    return tuple(x.item() for x in numbers)
+        mean_u = values @ w_t
+        mean_v = mean_u if p >= 0 else mean_u.flip(0)
+        moments += [w_s @ values**2 @ w_t, w_s @ (mean_u * mean_v)]
+    return tuple(x.item() for x in moments)
 
 
-def layer_norm(q: float, p: float) -> Four:
+def layer_norm(q: float, p: float) -> Moments:
     """LayerNorm of many coordinates: a division by sqrt(q)."""
     return 1.0, p / q, 1 / q, 1 / q
 
 
-def derf(q: float, p: float, a: float = 1.0) -> Four:
-    """erf(a h) in the LayerNorm's place."""
+def derf(q: float, p: float, a: float = 1.0) -> Moments:
+    """erf(a h), in place of a LayerNorm."""
     Q, P = 2 * a * a * q, 2 * a * a * p
     square, product = (2 / math.pi * math.asin(x / (1 + Q)) for x in (Q, P))
     slopes = (4 * a * a / math.pi / math.sqrt((1 + Q) ** 2 - x**2) for x in (Q, P))
     return square, product, *slopes
 
 
-def dyt(q: float, p: float, a: float = 1.0) -> Four:
-    """tanh(a h) in the LayerNorm's place."""
+def dyt(q: float, p: float, a: float = 1.0) -> Moments:
+    """tanh(a h), in place of a LayerNorm."""
     return smooth(q, p, lambda h: torch.tanh(a * h), 1 / a)
 
 
-def relu(q: float, p: float) -> Four:
-    """In the GELU's place (Cho and Saul 2009)."""
+def relu(q: float, p: float) -> Moments:
+    """ReLU, in place of the GELU (Cho and Saul 2009)."""
     r = min(max(p / q, -1.0), 1.0)
     angle = math.pi - math.acos(r)
     return q / 2, q * (math.sqrt(1 - r * r) + r * angle) / math.tau, 1 / 2, angle / math.tau
@@ -85,23 +85,26 @@ def apjn_theory(
     p: float,
     gains: tuple[float, float, float],
     residual: bool = True,
-    normaliser: Callable[..., Four] = layer_norm,
-    activation: Callable[..., Four] = smooth,
+    normaliser: Callable[..., Moments] = layer_norm,
+    activation: Callable[..., Moments] = smooth,
 ) -> tuple[list[float], list[float]]:
-    """J^{L,l} for l = 0 .. L, in pair form and in the published scalar form.
+    """J^{L,l} for l = 0 .. L, in the pair form and in the published scalar form.
 
-    Blocks are x + attention(N x), x + MLP(N x), or the same without "x +" (r = 1 or 0); attention
-    is uniform, as it nearly is at the default init. q and p are those of the embedded tokens;
-    gains (g_OV, g_1, g_2) what W_V W_O, fc1 and fc2 multiply a variance by.
+    A block is x + attention(N x), then x + MLP(N x), with a normaliser N and an activation phi; the
+    skips x + are there for r = 1 and not for r = 0. Attention is taken as uniform, which it nearly
+    is at the default init. q and p are those of the embedded tokens; (g_OV, g_1, g_2) are the
+    factors by which W_V W_O, fc1 and fc2 multiply a variance.
 
-    There:  attention   q, p <- r (q, p) + g_OV (E N^2 + (n - 1) E N N) / n
-            MLP         q <- r q + g_2 E phi^2,  p <- r p + g_2 E phi phi, at g_1 (E N^2, E N N)
-    Back, from (m_q, m_p) = (1, 0), the mean products of a token's gradients and of two tokens':
-            MLP         m_q <- m_q (r + g_1 g_2 E N'^2 E phi'^2),  m_p with E N' N' E phi' phi'
-            attention   m_q <- r m_q + g_OV E N'^2 m,  m_p <- r m_p + g_OV E N' N' m,
-                        m = (m_q + (n - 1) m_p) / n
+    Forward:
+        attention   q, p <- r (q, p) + g_OV (E N^2 + (n - 1) E N N) / n
+        MLP         q <- r q + g_2 E phi^2,  p <- r p + g_2 E phi phi, at g_1 (E N^2, E N N)
+    Backward, with m_q the mean square of a token's gradient and m_p the mean product of two
+    tokens' gradients, from (m_q, m_p) = (1, 0):
+        MLP         m_q <- m_q (r + g_1 g_2 E N'^2 E phi'^2),  m_p with E N' N' E phi' phi'
+        attention   m_q <- r m_q + g_OV E N'^2 m,  m_p <- r m_p + g_OV E N' N' m,
+                    m = (m_q + (n - 1) m_p) / n
 
-    and J is m_q. The scalar form has no m_p: it falls short wherever attention mixes tokens.
+    J is m_q. The scalar form has no m_p, so it falls short wherever attention mixes tokens.
     """
     r, (g_OV, g_1, g_2) = float(residual), gains
     trace = []
@@ -128,17 +131,17 @@ def apjn_theory(
 
 @torch.no_grad()
 def theory_of(model: ViT, embedded: Tensor) -> tuple[list[float], list[float]]:
-    """`apjn_theory` of a network at the default init, without a class token.
+    """`apjn_theory` for a network at the default init, without a class token.
 
-    embedded: its embedded tokens, (batch, token, dim). A LayerNorm sees every token at a size of
-    its own: q is the harmonic mean, 1 / q being what its derivative averages, and p / q the mean
-    cosine of two tokens. (A class token starts near 0, where no mean describes it.)
+    embedded: its embedded tokens, (batch, token, dim). Tokens differ in size and LayerNorm divides
+    each by its own, so q is the harmonic mean, because the derivative averages 1 / q; p / q is the
+    mean cosine of two tokens. (A class token starts near 0, which no mean describes.)
     """
     x, n = embedded.double(), embedded.shape[1]
     q = 1 / x.square().mean(-1).reciprocal().mean().item()
     cosines = F.normalize(x, dim=-1).sum(1).square().sum(-1).mean().item() - n  # of n (n-1) pairs
 
-    def gain(path: str) -> float:  # rows times the variance of the entries
+    def gain(path: str) -> float:  # fan-in times the mean square of the entries
         weights = [block.get_submodule(path).weight for block in model.blocks]
         return statistics.mean(W.shape[1] * W.square().mean().item() for W in weights)
 

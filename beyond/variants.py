@@ -1,33 +1,36 @@
-"""The neighbours: what else may stand where a block has its LayerNorms, softmax attention and GELU.
+"""Alternatives to the parts of a block: other norms, other attentions, another activation.
 
     model = ViT(..., residual=False, pool="mean")
     start_(vary_(model, norm="none", attention="e-spa", activation="tat"))
 
-is a vanilla transformer: no skip, no norm. Everything here has the shapes of what it replaces.
+makes a "vanilla" transformer: without skips and without norms in its blocks. Each part has the
+shapes of the one it replaces.
 
-norm        what divides: `layernorm`, `rmsnorm`; what saturates instead: `dyt`, `derf`; or `none`,
-            when one LayerNorm after the embedding and the last one stay
-placement   `pre` is x + f(norm(x)); `post` norm(x + f(x)), the transformer of 2017. Without skips
-            the two are one network whose norms are counted from another place.
-attention   what mixes tokens is a matrix A, n x n. `softmax` is P = softmax(q k^T / sqrt(d_h)); the
-            others start near the identity, or as a matrix that forgets little:
-                value-skipinit  A = alpha I + beta P,  alpha = 1, beta = 0 at the start
-                shaped          A = alpha I + beta P - gamma 11^T / n,  all 1: I at the start
-                u-spa, e-spa    A = D softmax(q k^T / sqrt(d_h) + B): B and D such that tokens keep
-                                a chosen kernel (their products) from block to block
-activation  `gelu`; `tat`, the leaky ReLU whose slope lets the MLPs of all L blocks turn independent
-            tokens into tokens of a chosen correlation, no more
+norm        `layernorm` and `rmsnorm` divide by the token's size; `dyt` and `derf` squash each entry
+            instead; `none` leaves one LayerNorm after the embedding and one at the end
+placement   `pre` is x + f(norm(x)); `post` is norm(x + f(x)), the transformer of 2017. Without
+            skips the two are the same network, counted from another norm.
+attention   tokens are mixed by a matrix A (n x n) per head. In `softmax`, A is
+            P = softmax(q k^T / sqrt(d_h)); the others start as a matrix that loses less:
+                value-skipinit  A = alpha I + beta P, at first alpha = 1, beta = 0: A = I
+                shaped          A = alpha I + beta P - gamma 11^T / n, at first all 1: A = I
+                u-spa, e-spa    "shaped to preserve attention", A = D softmax(q k^T / sqrt(d_h) + B)
+                                with fixed D and B: every block makes tokens a little more alike,
+                                to a chosen degree. u-spa: all pairs of tokens equally alike
+                                (uniform); e-spa: less, the farther apart they are (exponential)
+activation  `gelu`; `tat` ("tailored activation transformation"), a leaky ReLU. An activation with
+            a mean makes tokens more alike in every block; its slope limits that to a chosen degree.
 
-Sources: value-skipinit, u-spa and e-spa He et al. 2023 (arXiv 2302.10322; causal there, the forms
-for tokens that see each other are ours); shaped: Noci et al. 2023 (arXiv 2306.17759), its numbers a
-head: He and Hofmann 2023 (arXiv 2311.01906); DyT: Zhu et al. 2025 (arXiv 2503.10622); Derf: Chen et
-al. 2025 (arXiv 2512.10938); what both do to gradients: arXiv 2604.11890; TAT: Zhang et al. 2022
-(arXiv 2203.08120).
+Sources: value-skipinit, u-spa, e-spa: He et al. 2023 (arXiv 2302.10322; theirs are causal, the
+forms for tokens that all see each other are ours). shaped: Noci et al. 2023 (arXiv 2306.17759);
+with one alpha, beta, gamma per head: He and Hofmann 2023 (arXiv 2311.01906). DyT: Zhu et al. 2025
+(arXiv 2503.10622). Derf: Chen et al. 2025 (arXiv 2512.10938). What DyT and Derf do to gradients:
+arXiv 2604.11890. TAT: Zhang et al. 2022 (arXiv 2203.08120).
 """
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -41,18 +44,20 @@ from minskip import (
     Block,
     ViT,
     orthogonal_mlp_weight,
-    set_,
+    set_linear_,
     value_output_projections,
 )
 
-CORRELATION = 0.5  # of two tokens after the last block, on average, that u-spa and e-spa aim at
-TAT_SHARE = 0.9  # of the correlation that L layers of ReLU make of independent tokens, tat's do
-INDEPENDENT = 50.0  # a gamma of tokens with nothing in common
+# Mean correlation of two tokens after the last block of u-spa and e-spa, from attention alone. The
+# MLPs make tokens more alike too: with both, and tat, it is .92 to .96 after 12 blocks.
+CORRELATION = 0.5
+TAT_FRACTION = 0.9  # correlation after L layers of tat, as a fraction of ReLU's
+INDEPENDENT = 50.0  # a gamma so large that tokens have nothing in common
 STANDARD = dict(norm="layernorm", placement="pre", attention="softmax", activation="gelu")
 
 
 def differing(settings: dict) -> dict[str, str]:
-    """Those of a run's or a network's settings that are a block's parts and not the usual ones."""
+    """The parts in a run's or a network's settings that are not the standard ones."""
     return {x: settings[x] for x in STANDARD if settings.get(x, STANDARD[x]) != STANDARD[x]}
 
 
@@ -94,7 +99,7 @@ NORMS = {
 
 
 class PostBlock(Block):
-    """norm(x + f(x)), or norm(f(x)) without skips."""
+    """norm(x + f(x)) with skips, norm(f(x)) without."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.residual:
@@ -107,17 +112,18 @@ class PostBlock(Block):
 
 
 # --------------------------------------------------------------------------------------------------
-# Attention. P is what Attention.weights computes; `mix` returns A v, `weights` A.
+# Attention. `weights` returns A, and `mix` A v without forming A where possible. P is the A of
+# minskip.Attention.
 # --------------------------------------------------------------------------------------------------
 
 
-def each(head: Tensor) -> Tensor:
-    """A number a head, (head,), beside (batch, head, token, token)."""
-    return head[:, None, None]
+def per_head(numbers: Tensor) -> Tensor:
+    """One number per head, (head,), to multiply (batch, head, token, ...)."""
+    return numbers[:, None, None]
 
 
 class ValueSkipInit(Attention):
-    """A = alpha I + beta P, a pair of numbers a head. He et al. 2023."""
+    """A = alpha I + beta P, with one alpha and beta per head. He et al. 2023."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__(dim, num_heads)
@@ -126,14 +132,14 @@ class ValueSkipInit(Attention):
 
     def weights(self, x: Tensor) -> Tensor:
         P = super().weights(x)
-        return each(self.alpha) * torch.eye(P.shape[-1]).to(P) + each(self.beta) * P
+        return per_head(self.alpha) * torch.eye(P.shape[-1]).to(P) + per_head(self.beta) * P
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return each(self.alpha) * v + each(self.beta) * super().mix(q, k, v)
+        return per_head(self.alpha) * v + per_head(self.beta) * super().mix(q, k, v)
 
 
 class Shaped(ValueSkipInit):
-    """A = alpha I + beta P - gamma 11^T / n: exactly I while W_Q = 0 and all are 1."""
+    """A = alpha I + beta P - gamma 11^T / n. All are 1 and W_Q = 0 at first, so A = I exactly."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__(dim, num_heads)
@@ -141,27 +147,27 @@ class Shaped(ValueSkipInit):
         self.gamma = nn.Parameter(torch.ones(num_heads))
 
     def weights(self, x: Tensor) -> Tensor:
-        return super().weights(x) - each(self.gamma) / x.shape[1]
+        return super().weights(x) - per_head(self.gamma) / x.shape[1]
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return super().mix(q, k, v) - each(self.gamma) * v.mean(dim=-2, keepdim=True)
+        return super().mix(q, k, v) - per_head(self.gamma) * v.mean(dim=-2, keepdim=True)
 
 
-# Shaped to preserve: A takes one kernel of the tokens, Sigma', to the next, Sigma = A Sigma' A^T,
-
+# Shaped to preserve attention: choose the tokens' products (their kernel, n x n) at the input of a
+# block, Sigma', and at its output, Sigma. The matrix A that takes one to the other,
+# Sigma = A Sigma' A^T, is a scaled softmax, which is what attention computes while W_Q = 0:
+#
 #     A = Sigma^(1/2) Sigma'^(-1/2) = D softmax(B),   D = rowsum(A),   B = log(D^-1 A)
 
-# with the products of the tokens of a block's input as Sigma', and W_Q = 0 at the start.
 
-
-@torch.compiler.disable  # which would trace into the cached function
-@functools.cache  # a device's too: a tensor from the CPU in every step would wait for the GPU
+@torch.compiler.disable  # it would trace into the cached function
+@functools.cache  # per device too, because copying a tensor there in every step stalls the GPU
 def u_spa(
     rows: int, columns: int, now: float, before: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """D, (1, 1), and B, (token, token), for Sigma = (1 - rho) I + rho 11^T: all tokens equally far.
+    """D, (1, 1), and B, (token, token), for Sigma = (1 - rho) I + rho 11^T: tokens equally alike.
 
-    now, before: rho and rho', of the block's output and its input.
+    now, before: rho at the block's output and rho' at its input.
 
         A = a I + (r - a) 11^T / n = r softmax(b I),   b = log(1 + n a / (r - a))
         a^2 = (1 - rho) / (1 - rho'),   r^2 = (1 + (n - 1) rho) / (1 + (n - 1) rho')
@@ -170,12 +176,12 @@ def u_spa(
     a = math.sqrt((1 - now) / (1 - before))
     r = math.sqrt((1 + (n - 1) * now) / (1 + (n - 1) * before))
     b = math.log1p(n * a / (r - a))
-    how = dict(dtype=dtype, device=device)
-    return torch.full((1, 1), r, **how), b * torch.eye(n, **how)
+    D = torch.full((1, 1), r, dtype=dtype, device=device)
+    return D, b * torch.eye(n, dtype=dtype, device=device)
 
 
 def line_kernel(n: int, gamma: float, power: float = 1.0) -> Tensor:
-    """Sigma^power of n tokens in a line, Sigma_ij = exp(-gamma |i - j|), in float64."""
+    """Sigma^power for n tokens on a line, Sigma_ij = exp(-gamma |i - j|), in float64."""
     i = torch.arange(n, dtype=torch.float64, device="cpu")
     S, V = torch.linalg.eigh(torch.exp(-gamma * (i[:, None] - i).abs()))
     return V * S**power @ V.T
@@ -188,14 +194,15 @@ def e_spa(
 ) -> tuple[Tensor, Tensor]:
     """D, (token, 1), and B, (token, token), for Sigma = exp(-gamma distance): near ones are alike.
 
-    distance: |row - row'| + |column - column'|, so that Sigma is a Kronecker product of two lines',
-    A = A_rows (x) A_columns, and B a Kronecker sum. now, before: gamma and gamma'.
+    The distance |row - row'| + |column - column'| makes Sigma the Kronecker product of two lines'
+    kernels, so A = A_rows (x) A_columns, and B is a Kronecker sum.
+    now, before: gamma at the block's output and gamma' at its input.
     """
     D, B = [], []
     for n in (rows, columns):
         A = line_kernel(n, now, 0.5) @ line_kernel(n, before, -0.5)
         D.append(A.sum(1))
-        B.append((A / D[-1][:, None]).clamp(min=1e-30).log())  # zeros are -1e-15 by rounding
+        B.append((A / D[-1][:, None]).clamp(min=1e-30).log())  # a 0 may be rounded to -1e-15
     B = rearrange(B[0], "i j -> i 1 j 1") + rearrange(B[1], "k l -> 1 k 1 l")
     D, B = torch.outer(*D).view(-1, 1), rearrange(B, "i k j l -> (i k) (j l)")
     return D.to(device, dtype), B.to(device, dtype)
@@ -207,8 +214,8 @@ GRID_ATTENTIONS = {"u-spa": u_spa, "e-spa": e_spa}
 class SPA(Attention):
     """A = D softmax(q k^T / sqrt(d_h) + B).
 
-    D_and_B: `u_spa` or `e_spa` with the block's kernels given. grid: the rows and columns of
-    patches, kept up to date by `ViT.embed`.
+    D_and_B: `u_spa` or `e_spa` with this block's kernels filled in.
+    grid: the current images' rows and columns of patches, updated by `ViT.embed`.
     """
 
     def __init__(self, dim: int, num_heads: int, D_and_B: Callable, grid: dict[str, int]):
@@ -229,10 +236,10 @@ class SPA(Attention):
 
 
 def gamma_of(correlation: float, rows: int, columns: int) -> float:
-    """The gamma at which two tokens of a grid correlate so on average."""
+    """The gamma at which two tokens of a grid have this correlation on average."""
     n = rows * columns
     if n < 2:
-        raise ValueError("e-spa keeps tokens apart, and here is one; make the patches smaller")
+        raise ValueError("e-spa needs more than one token; make the patches smaller")
 
     def excess(gamma: float) -> float:
         total = line_kernel(rows, gamma).sum() * line_kernel(columns, gamma).sum()
@@ -242,8 +249,9 @@ def gamma_of(correlation: float, rows: int, columns: int) -> float:
 
 
 def kernels(attention: str, depth: int, rows: int, columns: int) -> list[float]:
-    """rho_l of u-spa or gamma_l of e-spa, l = 0 .. depth: from independent tokens to `CORRELATION`,
-    each block forgetting the same share:
+    """rho_l of u-spa or gamma_l of e-spa, l = 0 .. depth, from independent tokens to `CORRELATION`.
+
+    Each block loses the same fraction:
 
         u-spa   1 - rho_l = (1 - rho_L)^(l / L)                     (ours)
         e-spa   a_l = sqrt(1 - exp(-2 gamma_l)) = a_L^(l / L)       (He et al. 2023)
@@ -260,31 +268,30 @@ def kernels(attention: str, depth: int, rows: int, columns: int) -> list[float]:
 # --------------------------------------------------------------------------------------------------
 
 
-def tat_correlation(c: float, slope: float) -> float:
-    """C(c), the correlation of phi(u) and phi(v) for standard Gaussians u, v of correlation c, and
-    phi as in `LeakyTAT`."""
-    s, c = slope, min(max(c, -1.0), 1.0)
+def tat_correlation(c: float, s: float) -> float:
+    """C(c): how phi(u) and phi(v), see `LeakyTAT`, correlate if standard Gaussians u, v do by c."""
+    c = min(max(c, -1.0), 1.0)
     arc = math.sqrt(1 - c * c) + (math.pi - math.acos(c)) * c
     return ((1 - s) ** 2 * arc / math.pi + 2 * s * c) / (1 + s * s)
 
 
-def tat_after(layers: int, slope: float) -> float:
-    """C applied `layers` times to 0."""
-    c = 0.0
-    for _ in range(layers):
-        c = tat_correlation(c, slope)
-    return c
+def tat_after(layers: int, s: float) -> float:
+    """C(C(... C(0))): the correlation of independent tokens after so many layers."""
+    return functools.reduce(lambda c, _: tat_correlation(c, s), range(layers), 0.0)
 
 
 def tat_slope(layers: int) -> float:
-    """The slope s at which C, applied `layers` times to 0, is eta: `TAT_SHARE` of what ReLU, s = 0,
-    comes to, as Zhang et al.'s 0.9 is out of its reach: 0.81 for 12 layers."""
-    eta = TAT_SHARE * tat_after(layers, 0.0)
-    return brentq(lambda slope: tat_after(layers, slope) - eta, 0.0, 1.0)
+    """The slope s at which independent tokens have the correlation eta after all layers.
+
+    Zhang et al. take eta = 0.9. Small depths do not reach it: ReLU, s = 0, makes tokens most alike,
+    and comes to .897 in 12 layers, .907 in 13, .961 in 24. So we take a fraction of what ReLU does.
+    """
+    eta = TAT_FRACTION * tat_after(layers, 0.0)
+    return brentq(lambda s: tat_after(layers, s) - eta, 0.0, 1.0)
 
 
 class LeakyTAT(nn.Module):
-    """phi(x) = sqrt(2 / (1 + s^2)) leaky_relu(x, s): keeps the variance of a Gaussian."""
+    """phi(x) = sqrt(2 / (1 + s^2)) leaky_relu(x, s), which keeps the variance of a Gaussian."""
 
     def __init__(self, slope: float):
         super().__init__()
@@ -295,12 +302,13 @@ class LeakyTAT(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# ... put into a ViT
+# The same parts, put into a ViT
 # --------------------------------------------------------------------------------------------------
 
-# What each attention's weights start as. "as --init": default, paper or identity. zero: no logits
-# but B's. orthogonal: `value_output_projections` with c = 1, `orthogonal_mlp_weight`; without a
-# LayerNorm the scale matters, and this keeps it. tat's MLPs are orthogonal with any attention.
+# Initial weights with each attention. "as --init" is the default or the paper's. "zero" makes the
+# logits 0 (plus B). "orthogonal" is `value_output_projections` with c = 1 and
+# `orthogonal_mlp_weight`, which keep the size of tokens: without norms nothing else does. With tat
+# the MLPs are always orthogonal.
 STARTS = {
     #                  W_Q          W_K          W_V and W_O   fc1 and fc2
     "softmax":        ("as --init", "as --init", "as --init",  "as --init"),
@@ -310,22 +318,21 @@ STARTS = {
     "e-spa":          ("zero",      "as --init", "orthogonal", "orthogonal"),
 }  # fmt: skip
 
+CHOICES = dict(norm=list(NORMS), attention=list(STARTS), activation=["gelu", "tat"])
 
-CHOICES = dict(norm=list(NORMS), attention=list(STARTS), activation=["gelu", "tat"])  # of the flags
 
-
-def attentions(name: str, model: ViT) -> Iterator[Attention]:
-    """A block's attention after the other's."""
+def attentions(name: str, model: ViT) -> list[Attention]:
+    """A new attention for each block."""
     dim, num_heads, depth = (model.config[x] for x in ("dim", "num_heads", "depth"))
-    if name in GRID_ATTENTIONS:
-        side = model.config["image_size"] // model.config["patch_size"]
-        for before, now in pairwise(kernels(name, depth, side, side)):
-            D_and_B = functools.partial(GRID_ATTENTIONS[name], before=before, now=now)
-            yield SPA(dim, num_heads, D_and_B, model.grid)
-    else:
+    if name not in GRID_ATTENTIONS:
         kind = {"value-skipinit": ValueSkipInit, "shaped": Shaped}[name]
-        for _ in range(depth):
-            yield kind(dim, num_heads)
+        return [kind(dim, num_heads) for _ in range(depth)]
+    side = model.config["image_size"] // model.config["patch_size"]
+    D_and_B = [
+        functools.partial(GRID_ATTENTIONS[name], before=before, now=now)
+        for before, now in pairwise(kernels(name, depth, side, side))
+    ]
+    return [SPA(dim, num_heads, of_block, model.grid) for of_block in D_and_B]
 
 
 def vary_(
@@ -335,28 +342,26 @@ def vary_(
     attention: str = "softmax",
     activation: str = "gelu",
 ) -> ViT:
-    """Put other parts into the blocks of a fresh `ViT`, in place; the defaults change nothing.
+    """Replace parts of a fresh `ViT`, in place, and note them in `model.config`.
 
-    What differs goes into `model.config`. The weights are set afterwards, by `start_`.
-
-    Raises:
-        ValueError: combinations without meaning, and why.
+    The defaults change nothing. `start_` then sets the weights. Raises ValueError for combinations
+    that have no meaning.
     """
     dim, blocks = model.config["dim"], model.blocks
-    asked = dict(norm=norm, placement=placement, attention=attention, activation=activation)
-    changed = differing(asked)
+    parts = dict(norm=norm, placement=placement, attention=attention, activation=activation)
+    changed = differing(parts)
     model.config |= changed
     if attention in GRID_ATTENTIONS and model.cls_token is not None:
         raise ValueError(
-            f"{attention} keeps a kernel of the grid of patches, in which a class token has no "
-            "place; pool the mean"
+            f"{attention} is defined on the grid of patches, where a class token has no place; use "
+            "--pool mean"
         )
     if placement == "post" and norm == "none":
         raise ValueError("without norms there is nothing to place before or after")
     if activation == "tat" and model.config["residual"]:
-        raise ValueError("tat's slope is made for a network without skips")
+        raise ValueError("tat's slope is computed for a network without skips")
     if model.config["diagonal_bias"] and changed:
-        raise ValueError("the identity init is made for the standard LayerNorm, attention and GELU")
+        raise ValueError("the identity init needs the standard LayerNorm, attention and GELU")
     slope = tat_slope(len(blocks)) if activation == "tat" else None
     for block in blocks:
         if norm != "layernorm":
@@ -366,9 +371,9 @@ def vary_(
         if activation == "tat":
             block.mlp.activation = LeakyTAT(slope)
     if attention != "softmax":
-        for block, other in zip(blocks, attentions(attention, model)):
-            other.load_state_dict(block.attention.state_dict(), strict=False)
-            block.attention = other
+        for block, replacement in zip(blocks, attentions(attention, model)):
+            replacement.load_state_dict(block.attention.state_dict(), strict=False)
+            block.attention = replacement
     if norm == "none":
         model.embed_norm = NORMS["layernorm"](dim)
     elif norm != "layernorm":
@@ -378,7 +383,7 @@ def vary_(
 
 @torch.no_grad()
 def start_(model: ViT, generator: torch.Generator | None = None) -> ViT:
-    """The weights of the table above, in place, over what --init gave."""
+    """Set the weights that the table above does not leave to --init, in place."""
     variant = STANDARD | model.config
     W_Q, _, W_V_W_O, mlp = STARTS[variant["attention"]]
     for block in model.blocks:
@@ -388,8 +393,8 @@ def start_(model: ViT, generator: torch.Generator | None = None) -> ViT:
             nn.init.zeros_(a.W_Q.bias)
         if W_V_W_O == "orthogonal":
             for linear, W in zip((a.W_V, a.W_O), value_output_projections(dim, 1.0, generator)):
-                set_(linear, W)
+                set_linear_(linear, W)
         if mlp == "orthogonal" or variant["activation"] == "tat":
-            set_(block.mlp.fc1, orthogonal_mlp_weight(dim, hidden, generator))
-            set_(block.mlp.fc2, orthogonal_mlp_weight(hidden, dim, generator))
+            set_linear_(block.mlp.fc1, orthogonal_mlp_weight(dim, hidden, generator))
+            set_linear_(block.mlp.fc2, orthogonal_mlp_weight(hidden, dim, generator))
     return model

@@ -1,12 +1,12 @@
-"""Every figure that needs a GPU, in one go: to be run on the day one is there.
+"""Runs every command that needs a GPU, in about a quarter of an hour.
 
-    python benchmarks/gpu.py                       about a quarter of an hour; writes report.txt
+    python experiments/gpu.py | tee report.txt
 
-1. A first sign of life: both trainers' demos on the GPU, in bf16 where it has it.
+1. The demos of both trainers, in bf16 where the GPU has it, as a first sign of life.
 2. Training steps against timm's, eager and compiled, with AdamW and SOAP, and their peak memory.
-3. SOAP's step against pytorch-optimizer's; a DINO step's crops, a pass a resolution or a crop.
+3. SOAP's step against pytorch-optimizer's; the crops of a DINO step.
 
-Each command is printed before what it says. One that fails is told, and the next is run.
+A command that fails is reported, and the next one is run.
 """
 
 import subprocess
@@ -18,61 +18,48 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cli
-import engine
-import files
+from support.errors import errors_in_one_line
+from support.flags import COUNT, PATH, Parser
+from support.processes import chosen_device, say
 
-ROOT = Path(cli.__file__).parent
+ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = [
     "train_cls.py --skipless --out {out}/cls",
     "train_ssl.py --skipless --epochs 2 --out {out}/ssl",
-    "benchmarks/step_speed.py --models tiny small base --batch-size 128",
-    "benchmarks/step_speed.py --models tiny small base --batch-size 128 --compile",
-    "benchmarks/step_speed.py --models small base --batch-size 128 --opt soap --compile",
-    "benchmarks/soap_speed.py --model small",
-    "benchmarks/soap_speed.py --model base",
-    "benchmarks/dino_speed.py --model small --batch-size 64",
+    "experiments/speed_step.py --models tiny small base --batch-size 128",
+    "experiments/speed_step.py --models tiny small base --batch-size 128 --compile",
+    "experiments/speed_step.py --models small base --batch-size 128 --opt soap --compile",
+    "experiments/speed_soap.py --model small",
+    "experiments/speed_soap.py --model base",
+    "experiments/speed_dino.py --model small --batch-size 64",
 ]
 
 
-def run(command: list[str], device: str, patience: int) -> str:
-    """What a command says, with how it ended if not well."""
-    words = [sys.executable, *command, "--device", device]
-    begun = time.time()
-    try:
-        how = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=patience)
-        done = subprocess.run(words, cwd=ROOT, **how)
-        end = "" if done.returncode == 0 else f"ended with code {done.returncode}\n"
-        said = done.stdout
-    except subprocess.TimeoutExpired as error:
-        said, end = (error.stdout or b"").decode(errors="replace"), f"stopped after {patience} s\n"
-    return f"$ python {' '.join(words[1:])}\n{said}{end}({time.time() - begun:.0f} s)\n\n"
-
-
 def main() -> None:
-    p = cli.Parser(__doc__)
-    add = p.add_argument
-    add("--device", default="cuda", help="[cuda]")
-    now = time.strftime("runs/gpu-%Y%m%d-%H%M%S")
-    add("--out", type=Path, default=Path(now), help="folder of report and runs [runs/gpu-DATE]")
-    add("--patience", type=cli.count, default=300, help="seconds a command may take [300]")
+    p = Parser(__doc__)
+    out = Path(time.strftime("runs/gpu-%Y%m%d-%H%M%S"))
+    p.add_argument("--device", default="cuda", help="cpu, cuda or cuda:N [cuda]")
+    p.add_argument("--out", type=PATH, default=out, help="folder for the runs [runs/gpu-DATE]")
+    p.add_argument("--patience", type=COUNT, default=300, help="seconds per command [300]")
     args = p.parse_args()
-    device = engine.chosen_device(args.device)  # which the commands take, one by one
-    files.make_folder(args.out)
-    report = args.out / "report.txt"
-    text = f"torch {torch.__version__}\n"
+    device = chosen_device(args.device)  # told now if there is none
+    say(f"torch {torch.__version__}")
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
-        text += f"{card.name}, {card.total_memory / 2**30:.0f} GiB\n"
+        say(f"{card.name}, {card.total_memory / 2**30:.0f} GiB")
     for command in COMMANDS:
         words = [word.format(out=args.out.absolute()) for word in command.split()]
-        said = run(words, args.device, args.patience)
-        engine.say(said)
-        text += said
-        files.write_atomically(report, lambda path, text=text: path.write_text(text))
-    print(report)
+        words += ["--device", args.device]
+        say(f"\n$ python {' '.join(words)}")
+        begun, options = time.time(), dict(cwd=ROOT, stderr=subprocess.STDOUT)
+        try:
+            done = subprocess.run([sys.executable, *words], timeout=args.patience, **options)
+            end = f"code {done.returncode}"
+        except subprocess.TimeoutExpired:
+            end = "no code: stopped"
+        say(f"({end} after {time.time() - begun:.0f} s)")
 
 
 if __name__ == "__main__":
-    with cli.one_line_errors("ask for less"):
+    with errors_in_one_line("run one of the commands by itself, with smaller numbers"):
         main()

@@ -1,36 +1,33 @@
-"""Size of a checkpoint with SOAP's state, and the time of writing and reading it.
+"""Times writing and reading a checkpoint with SOAP's state.
 
-    python benchmarks/checkpoint_speed.py --model base
+    python experiments/speed_checkpoint.py --model base
 
-The floor is the same number of bytes written plainly and forced to the disk, in turns.
+The floor is the same number of bytes written plainly and forced to the disk. Reading tests the
+checksums too.
 """
 
 import os
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from turns import in_turns, medians, ratio, two_or_more
+from turns import REPEATS, in_turns, medians, ratio
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import cli
-import engine
-import files
 from minskip import PRESETS, ViT
-from soap import kept_of
+from soap import SOAP, kept_of
+from support.errors import errors_in_one_line
+from support.files import load_checkpoint, make_folder, save_checkpoint
+from support.flags import PATH, Parser
 
 
 def checkpoint_of(name: str) -> dict:
-    """What a run of that network keeps, the optimizer's state after a step, of ones."""
+    """What a run of this network keeps, after one step with a state of ones."""
     model = ViT(**PRESETS[name], residual=False)
-    optimizer = engine.build_optimizer(model, "soap", 1e-3, 0.0)
+    optimizer = SOAP(model.parameters())
     for p in model.parameters():
         kept = {part: torch.ones(shape) for part, shape in kept_of(p.shape).items()}
         optimizer.state[p] = dict(step=1) | kept
-    facts = {part: kind() for part, kind in files.PARTS.items()}
-    return facts | dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+    return dict(model=model.state_dict(), optimizer=optimizer.state_dict())
 
 
 def write_plainly(path: Path, content: memoryview) -> None:
@@ -40,21 +37,21 @@ def write_plainly(path: Path, content: memoryview) -> None:
 
 
 def main() -> None:
-    p = cli.Parser(__doc__)
-    p.add_argument("--model", choices=list(PRESETS), default="tiny", help="network [tiny]")
-    p.add_argument("--repeats", type=two_or_more, default=3, help="of each [3]")
-    p.add_argument("--folder", type=cli.place, default=Path("."), help="on the disk to try [.]")
+    p = Parser(__doc__)
+    p.add_argument("--model", choices=[*PRESETS], default="tiny", help="size of the ViT [tiny]")
+    p.add_argument("--repeats", type=REPEATS, default=3, help="times to write and to read [3]")
+    p.add_argument("--folder", type=PATH, default=Path("."), help="folder on the disk to try [.]")
     args = p.parse_args()
-    files.make_folder(args.folder)
+    make_folder(args.folder)
     content = checkpoint_of(args.model)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         path = Path(folder, "last.pt")
-        files.save_checkpoint(path, content)
+        save_checkpoint(path, content)
         size = path.stat().st_size
         plain = memoryview(bytes(size))
         ways = {
-            "writing it": lambda: files.save_checkpoint(path, content),
-            "reading it": lambda: files.load_checkpoint(str(path)),
+            "writing it": lambda: save_checkpoint(path, content),
+            "reading it": lambda: load_checkpoint(str(path)),
             "writing plainly": lambda: write_plainly(Path(folder, "plain"), plain),
         }
         times = in_turns(ways, args.repeats)
@@ -63,5 +60,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with cli.one_line_errors("take a smaller --model"):
+    with errors_in_one_line("take a smaller --model"):
         main()

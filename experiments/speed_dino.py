@@ -1,53 +1,46 @@
-"""Time of the many crops of a DINO step: a pass a resolution, as in training, or a pass a crop.
+"""Times the crops of a DINO step: one pass per resolution, as in training, or one per crop.
 
-    python benchmarks/dino_speed.py --model tiny
+    python experiments/speed_dino.py --model tiny
 
-Forward and backward of the student's backbone on 2 crops of 224 px and 8 of 96 px of each image,
-in turns; the ratio is given with its quartiles. The arithmetic is the same.
+It runs the student's backbone forward and backward on 2 crops of 224 px and 8 of 96 px of each
+image. The arithmetic is the same both ways.
 """
 
-import sys
-from pathlib import Path
-
 import torch
+from turns import REPEATS, finish, in_turns, medians, ratio
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from turns import in_turns, medians, ratio, two_or_more
-
-import cli
-import engine
 from minskip import PRESETS, ViT
+from support.errors import errors_in_one_line
+from support.flags import COUNT, Parser
+from support.processes import autocast, start_processes
 
 
 def main() -> None:
-    p = cli.Parser(__doc__)
-    add = p.add_argument
-    add("--model", choices=list(PRESETS), default="small", help="network [small]")
-    add("--batch-size", type=cli.count, default=2, help="images [2]")
-    add("--repeats", type=two_or_more, default=6, help="timed [6]")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    p = Parser(__doc__)
+    p.add_argument("--model", choices=[*PRESETS], default="small", help="size of the ViT [small]")
+    p.add_argument("--batch-size", type=COUNT, default=2, help="images per step [2]")
+    p.add_argument("--repeats", type=REPEATS, default=6, help="steps to time each way [6]")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     args = p.parse_args()
-    device, _, _ = engine.start_processes(args.device)
+    device, _, _ = start_processes(args.device)
     model = ViT(**PRESETS[args.model], residual=False, pool="mean").to(device)
-    crops = [torch.randn(args.batch_size, 3, 224, 224, device=device) for _ in range(2)]
-    crops += [torch.randn(args.batch_size, 3, 96, 96, device=device) for _ in range(8)]
+    sides = [224] * 2 + [96] * 8
+    crops = [torch.randn(args.batch_size, 3, side, side, device=device) for side in sides]
+    by_size = [torch.cat(crops[:2]), torch.cat(crops[2:])]
 
     def step(groups: list[torch.Tensor]) -> None:
-        with engine.autocast(device, "auto"):
+        with autocast(device, "auto"):
             loss = sum(model(images).float().square().sum() for images in groups)
         loss.backward()
         model.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        finish(device)
 
-    by_size = [torch.cat(crops[:2]), torch.cat(crops[2:])]
-    ways = {"a pass a resolution": lambda: step(by_size), "a pass a crop": lambda: step(crops)}
+    ways = {"per resolution": lambda: step(by_size), "per crop": lambda: step(crops)}
     times = in_turns(ways, args.repeats)
     print(f"{args.model}, batch {args.batch_size}, {device}, {torch.get_num_threads()} threads")
-    print(f"{medians(times)}\n{ratio(times, 'a pass a crop', 'a pass a resolution')}")
+    print(f"{medians(times)}\n{ratio(times, 'per crop', 'per resolution')}")
 
 
 if __name__ == "__main__":
-    with cli.one_line_errors("use a smaller --batch-size"):
+    with errors_in_one_line("use a smaller --batch-size"):
         main()

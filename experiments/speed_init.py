@@ -1,64 +1,54 @@
-"""Seconds that the paper's init takes: ours, one SVD a block, against an SVD a head.
+"""Times the paper's init: one SVD per block, as here, against one SVD per head.
 
-    python benchmarks/init_speed.py
-    python benchmarks/init_speed.py --models base --repeats 9
+    python experiments/speed_init.py
+    python experiments/speed_init.py --models base --repeats 9
 
-Each is timed on one block, in turns, and multiplied by the depth: medians, and the range of the
-ratio. All of it depends on the machine, its threads and what else runs there (on a busy machine
-OMP_NUM_THREADS=1 is many times faster).
+One block is timed and multiplied by the depth. It depends on threads and on what else runs: on a
+busy machine OMP_NUM_THREADS=1 is many times faster.
 """
 
 import math
-import sys
 from functools import partial
-from pathlib import Path
-from statistics import median
 
 import torch
-from turns import in_turns
+from turns import REPEATS, in_turns, medians, ratio
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import cli
-import minskip
-from minskip import PRESETS, ViT, conditioned_init_
+from minskip import PRESETS, ViT, conditioned_init_, orthogonal_mlp_weight, value_output_projections
+from support.errors import errors_in_one_line
+from support.flags import Parser
 
 
-def an_svd_a_head(dim: int, num_heads: int, alpha: float = 2.0, beta: float = 0.6) -> list:
-    """The weights of one block, by the formula as it stands."""
+def one_svd_per_head(dim: int, num_heads: int, alpha: float = 2.0, beta: float = 0.6) -> list:
+    """The weights of one block, by the paper's formula as it stands."""
     d_h, weights = dim // num_heads, []
     for _ in range(num_heads):
         Z = torch.randn(dim, dim) / math.sqrt(dim)
         U, S, V_T = torch.linalg.svd(alpha * Z + beta * torch.eye(dim))
         weights += [U[:, :d_h] * S[:d_h].sqrt(), V_T.T[:, :d_h] * S[:d_h].sqrt()]
-    weights += minskip.value_output_projections(dim)
-    for sizes in ((dim, 4 * dim), (4 * dim, dim)):
-        weights.append(minskip.orthogonal_mlp_weight(*sizes))
-    return weights
+    weights += value_output_projections(dim)
+    return [*weights, orthogonal_mlp_weight(dim, 4 * dim), orthogonal_mlp_weight(4 * dim, dim)]
 
 
 def main() -> None:
-    p = cli.Parser(__doc__)
+    p = Parser(__doc__)
     sizes = ["small", "base", "large"]
-    p.add_argument("--models", nargs="+", choices=list(PRESETS), default=sizes, help="[S, B, L]")
-    p.add_argument("--repeats", type=cli.count, default=5, help="of each [5]")
+    help = "sizes of the ViT [small base large]"
+    p.add_argument("--models", nargs="+", choices=[*PRESETS], default=sizes, help=help)
+    p.add_argument("--repeats", type=REPEATS, default=5, help="inits to time each way [5]")
     args = p.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.repeats} repeats")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for name in args.models:
         dim, depth, heads = PRESETS[name].values()
         block = ViT(dim=dim, depth=1, num_heads=heads, residual=False)
-        ways = dict(
-            ours=partial(conditioned_init_, block), plain=partial(an_svd_a_head, dim, heads)
-        )
-        ours, plain = in_turns(ways, args.repeats).values()
-        ratios = sorted(b / a for a, b in zip(ours, plain))
-        print(
-            f"{name:6s} ours {depth * median(ours):6.2f} s, an SVD a head "
-            f"{depth * median(plain):6.2f} s, "
-            f"ratio {median(ratios):.1f} ({ratios[0]:.1f} .. {ratios[-1]:.1f})"
-        )
+        ways = {
+            "per block": partial(conditioned_init_, block),
+            "per head": partial(one_svd_per_head, dim, heads),
+        }
+        times = in_turns(ways, args.repeats)
+        whole = {way: [depth * x for x in seconds] for way, seconds in times.items()}
+        print(f"{name:6s} {medians(whole)}; {ratio(times, 'per head', 'per block')}")
 
 
 if __name__ == "__main__":
-    with cli.one_line_errors("ask for less"):
+    with errors_in_one_line("take a smaller model"):
         main()

@@ -1,14 +1,13 @@
-"""Time to load and augment JPEGs: `data.py` against the list of transforms that is customary.
+"""Times loading and augmenting JPEGs: `support/data.py` against the customary transforms.
 
-    python benchmarks/loading_speed.py
+    python experiments/speed_loading.py
 
-Photographs' size, 500 x 375 px, drawn here; to 224 px by two workers, in turns; the ratio is given
-with its quartiles. Customary: crop, flip, RandAugment, float tensor, normalisation, all in the
-worker; ours sends uint8, and the device normalises it. Where that is a CPU it costs there what it
-saves here, so ours is timed without and with it.
+The images are as large as photographs, 500 x 375 px, drawn here and cropped to 224 px. Customary
+loaders do everything in the worker: crop, flip, RandAugment, float tensor, normalisation. Ours
+sends uint8, and the device normalises. Where the device is a CPU, it pays there for what it saves
+here, so ours is timed without normalisation and with it.
 """
 
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,13 +15,12 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
-from turns import in_turns, medians, ratio, two_or_more
+from turns import REPEATS, in_turns, medians, ratio
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import cli
-import data
-from shapes import draw_shapes
+from support import data
+from support.errors import errors_in_one_line
+from support.flags import COUNT, WORKERS, Parser
+from support.shapes import draw_shapes
 
 SIZE = 224
 
@@ -33,7 +31,7 @@ def draw_photographs(root: Path, count: int) -> None:
     folder.mkdir(parents=True)
     for number in range(count):
         [image], _, _ = draw_shapes([number], 500, "train")
-        # grain, or the files are a fifth of a photograph's size
+        # without grain the files would be a fifth as large as a photograph's
         grainy = image[:, :375] + torch.randint(0, 20, (3, 375, 500))
         grainy = grainy.clamp(max=255).to(torch.uint8)
         v2.functional.to_pil_image(grainy).save(folder / f"{number}.jpg", quality=90)
@@ -54,28 +52,21 @@ def customary() -> v2.Transform:
 
 
 def main() -> None:
-    p = cli.Parser(__doc__)
-    add = p.add_argument
-    add("--images", type=cli.count, default=256, help="in a pass [256]")
-    add("--workers", type=cli.count_or_0, default=2, help="processes [2]")
-    add("--repeats", type=two_or_more, default=6, help="passes timed [6]")
+    p = Parser(__doc__)
+    p.add_argument("--images", type=COUNT, default=256, help="images per pass [256]")
+    p.add_argument("--workers", type=WORKERS, default=2, help="processes that load [2]")
+    p.add_argument("--repeats", type=REPEATS, default=6, help="passes to time each way [6]")
     args = p.parse_args()
+    batch = min(32, args.images)
     with tempfile.TemporaryDirectory() as root:
         draw_photographs(Path(root), args.images)
         train = data.image_folder(root, "train")
-        batch, cpu = min(32, args.images), torch.device("cpu")
         to_train, _ = data.augmentations(SIZE, drawn=False)
-        ours = data.make_loader(
-            train, to_train, data.Batches(len(train), batch, 0, True), args.workers, cpu
-        )
-        theirs = DataLoader(
-            ImageFolder(f"{root}/train", customary()),
-            batch,
-            shuffle=True,
-            drop_last=True,
-            num_workers=args.workers,
-            persistent_workers=args.workers > 0,
-        )
+        batches = data.Batches(len(train), batch, 0, shuffle=True)
+        ours = data.make_loader(train, to_train, batches, args.workers, torch.device("cpu"))
+        options = dict(shuffle=True, drop_last=True, persistent_workers=args.workers > 0)
+        theirs = ImageFolder(f"{root}/train", customary())
+        theirs = DataLoader(theirs, batch, num_workers=args.workers, **options)
         ways = dict(
             ours=lambda: [images for images, _ in ours],
             normalised=lambda: [data.normalise(images) for images, _ in ours],
@@ -88,5 +79,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with cli.one_line_errors("ask for less"):
+    with errors_in_one_line("ask for fewer --images"):
         main()

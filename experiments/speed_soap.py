@@ -1,67 +1,50 @@
-"""Time of an optimizer's step: SOAP here, pytorch-optimizer's SOAP, and AdamW as the floor.
+"""Times an optimizer's step: our SOAP, pytorch-optimizer's SOAP, and AdamW as the floor.
 
-    pip install -r requirements.txt -r requirements-dev.txt
-    python benchmarks/soap_speed.py --model tiny
+    pip install -r requirements.txt -r tests/requirements.txt
+    python experiments/speed_soap.py --model tiny
 
-All take the same gradients for the blocks of a ViT, in turns. What is timed is ten steps, of which
-one refreshes the eigenbases, as in training; the ratio is given with its quartiles over such tens.
+All get the same gradients for the blocks of a ViT, and take turns of ten steps, of which one
+refreshes the eigenbases, as in training.
 """
 
-import sys
-import time
-from pathlib import Path
-from statistics import median
+from functools import partial
 
 import torch
-from turns import ratio, two_or_more
+from pytorch_optimizer import SOAP as PeerSOAP
+from turns import REPEATS, finish, in_turns, medians, ratio
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import cli
-from engine import start_processes
 from minskip import PRESETS, ViT
 from soap import SOAP
+from support.errors import errors_in_one_line
+from support.flags import Parser
+from support.processes import start_processes
 
-try:
-    from pytorch_optimizer import SOAP as PeerSOAP
-except ImportError:
-    raise UserError("pytorch-optimizer is missing; pip install -r requirements-dev.txt")
+
+def ten_steps(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    for _ in range(10):
+        optimizer.step()
+    finish(device)
 
 
 def main() -> None:
-    p = cli.Parser(__doc__)
-    p.add_argument("--model", choices=list(PRESETS), default="nano", help="network [nano]")
-    p.add_argument("--tens", type=two_or_more, default=6, help="timed tens of steps [6]")
+    p = Parser(__doc__)
+    p.add_argument("--model", choices=[*PRESETS], default="nano", help="size of the ViT [nano]")
+    p.add_argument("--tens", type=REPEATS, default=6, help="turns of ten steps to time [6]")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     args = p.parse_args()
     device, _, _ = start_processes(args.device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-
-    nets = [ViT(**PRESETS[args.model], num_classes=10).blocks.to(device) for _ in range(3)]
-    makers = (SOAP, PeerSOAP, torch.optim.AdamW)
-    optimizers = [make(net.parameters(), lr=1e-4) for make, net in zip(makers, nets)]
-    gradients = [torch.randn_like(w) for w in nets[0].parameters()]
-    sums = []  # a ten of steps -> ms a step, of each optimizer
-    for step in range(10 * (args.tens + 1)):
-        if step % 10 == 0:
-            sums.append([0.0, 0.0, 0.0])
-        for i, (net, optimizer) in enumerate(zip(nets, optimizers)):
-            for w, g in zip(net.parameters(), gradients):
-                w.grad = g * (1 + step % 3)
-            wait()
-            begun = time.perf_counter()
-            optimizer.step()
-            wait()
-            sums[-1][i] += 100 * (time.perf_counter() - begun)
-    ours, peer, adamw = zip(*sums[1:])  # the first ten build the factors
-    compared = ratio({"ours": ours, "pytorch-optimizer's": peer}, "pytorch-optimizer's", "ours")
-    print(
-        f"{args.model} on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
-        f"ms a step: SOAP here {median(ours):.1f}, pytorch-optimizer's {median(peer):.1f}, AdamW "
-        f"{median(adamw):.1f}\n{compared}"
-    )
+    ways, peer = {}, "pytorch-optimizer's"
+    for name, kind in (("SOAP here", SOAP), (peer, PeerSOAP), ("AdamW", torch.optim.AdamW)):
+        blocks = ViT(**PRESETS[args.model]).blocks.to(device)
+        torch.manual_seed(0)
+        for weight in blocks.parameters():
+            weight.grad = torch.randn_like(weight)
+        ways[name] = partial(ten_steps, kind(blocks.parameters(), lr=1e-4), device)
+    times = in_turns(ways, args.tens)  # the warm-up builds SOAP's factors
+    print(f"{args.model}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"ten steps: {medians(times)}\n{ratio(times, peer, 'SOAP here')}")
 
 
 if __name__ == "__main__":
-    with cli.one_line_errors("ask for less"):
+    with errors_in_one_line("take a smaller --model"):
         main()

@@ -1,4 +1,7 @@
-"""What the benchmarks share: ways to do one thing are timed in turns, in one process."""
+"""What the speed_*.py scripts share: several ways to do one thing, timed in turns in one process.
+
+Importing it also puts the project's root on sys.path.
+"""
 
 import sys
 import time
@@ -6,31 +9,39 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cli
+from support.flags import checked
+
+REPEATS = checked(int, lambda x: x >= 2, "be at least 2, because ratios have quartiles")
 
 
-def two_or_more(text: str) -> int:
-    """A flag's number of repeats."""
-    return cli.checked(text, int, lambda x: x > 1, "be at least 2: quartiles are made of them")
+def finish(device: torch.device) -> None:
+    """Wait until the device has done its work: a GPU's calls return before that."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
-def in_turns(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Name -> seconds of each of its calls, after one that is not counted."""
+def in_turns(
+    ways: dict[str, Callable[[], object]], repeats: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Name -> seconds that each of its calls took; those of the warm-up are left out."""
     times = {name: [] for name in ways}
-    for _ in range(repeats + 1):
+    for _ in range(warmup + repeats):
         for name, call in ways.items():
             begun = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - begun)
-    return {name: seconds[1:] for name, seconds in times.items()}
+    return {name: seconds[warmup:] for name, seconds in times.items()}
 
 
-def ratio(times: dict[str, list[float]], peer: str, ours: str) -> str:
-    """The peer's time as a multiple of ours: median and quartiles of the turns."""
-    low, middle, high = quantiles([p / o for p, o in zip(times[peer], times[ours])], n=4)
-    return f"{peer} / {ours} {middle:.2f} ({low:.2f} .. {high:.2f})"
+def ratio(times: dict[str, list[float]], one: str, other: str) -> str:
+    """The time of one way over that of another in the same turn: median and quartiles."""
+    ratios = [a / b for a, b in zip(times[one], times[other])]
+    low, middle, high = quantiles(ratios, n=4, method="inclusive")
+    return f"{one} / {other} {middle:.3f} ({low:.3f} .. {high:.3f})"
 
 
 def medians(times: dict[str, list[float]]) -> str:

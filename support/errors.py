@@ -44,7 +44,11 @@ def errors_in_one_line(memory_advice: str) -> Iterator[None]:
         end(str(error).strip().splitlines()[-1].split("UserError: ")[-1], error.code)
     except (torch.OutOfMemoryError, MemoryError) as error:
         end(f"out of memory ({str(error).split('.')[0]}); {memory_advice}", 2)
-    except torch.linalg.LinAlgError as error:
+    except RuntimeError as error:  # torch has no class of its own for the CPU's memory
+        if "can't allocate memory" in str(error):
+            end(f"out of memory; {memory_advice}", 2)
+        if not isinstance(error, torch.linalg.LinAlgError):
+            raise
         end(f"{error}; usually a gradient is not finite: use a smaller --lr", 1)
     except OSError as error:  # no permission, a disk that is full or gone, a closed pipe
         if error.errno is None:

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification: what frozen features know of an image's class."""
+"""Weighted k-nearest-neighbour classification: what frozen features tell about an image's class."""
 
 import torch
 import torch.distributed as dist
@@ -14,14 +14,15 @@ from support.processes import autocast, mean_over_processes, on_device, progress
 def knn_classify(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.07
 ) -> Tensor:
-    """Class of each query by the vote of its k nearest neighbours, weighted exp(cosine / tau).
+    """Class of each query, by a vote of its k nearest neighbours with weights exp(cosine / tau).
 
-    Wu et al. 2018 (arXiv 1805.01978), as DINO evaluates. bank (n, dim) and queries (m, dim) have
-    unit length; with fewer than k images in the bank all vote. Returns (m,).
+    From Wu et al. 2018 (arXiv 1805.01978), as in DINO's evaluation. tau is the temperature. The
+    bank (n, dim) and the queries (m, dim) have unit length. If the bank has fewer than k images,
+    all of them vote. Returns (m,).
     """
     classes = int(bank_labels.max()) + 1
     votes = []
-    for part in queries.split(256):  # similarities of a whole set would not fit
+    for part in queries.split(256):  # the similarities of all would not fit into memory
         similarity, nearest = (part @ bank.T).topk(min(k, len(bank)))
         weights = (similarity / temperature).exp()
         score = weights.new_zeros(len(part), classes)
@@ -31,7 +32,7 @@ def knn_classify(
 
 @torch.no_grad()
 def features_of(model: ViT, loader, device: torch.device, amp: str) -> tuple[Tensor, Tensor]:
-    """Unit-length pooled features, (image, dim), and labels, (image,), of a data set."""
+    """The pooled features of a data set, (image, dim), of unit length, and its labels, (image,)."""
     model.eval()
     features, labels = [], []
     for images, classes in progress(loader, "k-NN features"):
@@ -43,7 +44,7 @@ def features_of(model: ViT, loader, device: torch.device, amp: str) -> tuple[Ten
 
 
 def gathered(x: Tensor) -> Tensor:
-    """The processes' tensors, which may differ in length, one after the other along axis 0."""
+    """The tensors of all processes, concatenated along axis 0; their lengths may differ."""
     if not dist.is_initialized():
         return x
     length = torch.tensor([len(x)], device=x.device)
@@ -56,7 +57,7 @@ def gathered(x: Tensor) -> Tensor:
 
 
 def knn_accuracy(model: ViT, train_loader, val_loader, device: torch.device, amp: str) -> float:
-    """Top-1 in percent of the validation images' classes, from the training images'."""
+    """Top-1 accuracy on the validation images in percent, with the training images as the bank."""
     bank, bank_labels = (gathered(x) for x in features_of(model, train_loader, device, amp))
     queries, labels = features_of(model, val_loader, device, amp)
     hits = (knn_classify(bank, bank_labels, queries) == labels).sum()

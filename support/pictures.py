@@ -1,71 +1,114 @@
-"""One look for every picture: a colour an arm, and figures written whole."""
+"""What all pictures share: colours, labels, and how a figure is written."""
 
 from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # pictures go to files; no window system is needed
+matplotlib.use("Agg")  # pictures go to files, which needs no window system
 import matplotlib.pyplot as plt
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.ticker import MaxNLocator
 
 from support.files import write_atomically
 
-# Okabe and Ito's colours, told apart with every common colour blindness.
+# Okabe and Ito's colours, which people with the common forms of colour blindness can tell apart.
 ARM_COLOURS = {
-    "residual": "#0072B2",
-    "skipless-default": "#D55E00",
-    "skipless-paper": "#009E73",
-    "skipless-identity": "#CC79A7",
+    "residual": "#0072b2",
+    "skipless-default": "#d55e00",
+    "skipless-paper": "#009e73",
+    "skipless-identity": "#cc79a7",
 }
-OTHER_COLOURS = ["#E69F00", "#56B4E9", "#000000", "#999999", "#7A4300", "#5E3C99", "#A6BF00"]
+OTHER_COLOURS = ["#e69f00", "#56b4e9", "#000000", "#999999", "#7a4300", "#5e3c99", "#a6bf00"]
 
 
 def colour_of(name: str, others: list[str]) -> str:
-    """An arm's colour, found in the name of a run or network; the rest take turns, in order.
+    """The colour of the arm that a run or network is named after.
 
-    others: all names of the picture, so that those of no known arm are told apart.
+    others: all names in the picture. Further names of the same arm get lighter shades of its
+    colour, and names without an arm take the other colours in order.
     """
 
-    def of_arm(name: str) -> str | None:  # behind a + are parts of `variants.py`
-        plain = "+" not in name
-        return next((c for arm, c in ARM_COLOURS.items() if plain and arm in name), None)
+    def arm_in(name: str) -> str | None:
+        return next((arm for arm in ARM_COLOURS if arm in name), None)
 
-    if colour := of_arm(name):
-        return colour
-    strangers = [n for n in others if not of_arm(n)]
-    return OTHER_COLOURS[strangers.index(name) % len(OTHER_COLOURS)]
+    arm = arm_in(name)
+    alike = [other for other in dict.fromkeys(others) if arm_in(other) == arm]
+    position = alike.index(name)
+    if arm is None:
+        return OTHER_COLOURS[position % len(OTHER_COLOURS)]
+    white = 0.75 * position / len(alike)
+    return to_hex([white + (1 - white) * channel for channel in to_rgb(ARM_COLOURS[arm])])
+
+
+def shortened(names: list[str]) -> dict[str, str]:
+    """Label each run by what tells its name from the others: cls-nano-residual-soap-seed0 becomes
+    residual beside cls-nano-skipless-paper-soap-seed0. A single name loses only its seed."""
+    if len(names) == 1:
+        return {names[0]: names[0].split("-seed")[0]}
+    parts = {name: name.split("-") for name in names}
+    common = set.intersection(*map(set, parts.values()))
+    return {
+        name: "-".join(part for part in parts[name] if part not in common) or name for name in names
+    }
 
 
 def tidy(ax: plt.Axes, title: str) -> None:
+    """Give a panel the title and the plain look that all pictures share."""
     ax.set_title(title, fontsize=10)
     ax.tick_params(labelsize=8)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25)
 
 
+def label_ends(ax: plt.Axes, lines: dict[str, plt.Line2D], apart: float = 0.05) -> list[str]:
+    """Write labels beside the lines that end furthest right; returns the labels written.
+
+    apart: least distance between two labels, as a fraction of the axis; where ends are closer, the
+    upper label moves up.
+    """
+    right = max(line.get_xdata()[-1] for line in lines.values())
+    ends = {name: x.get_ydata()[-1] for name, x in lines.items() if x.get_xdata()[-1] == right}
+    to_fraction = ax.transScale + ax.transLimits
+    height = -apart
+    for name in sorted(ends, key=ends.get):
+        height = max(height + apart, to_fraction.transform((right, ends[name]))[1])
+        dark = [0.7 * channel for channel in to_rgb(lines[name].get_color())]
+        look = dict(va="center", fontsize=8, color=dark)
+        where = dict(xycoords=ax.get_xaxis_transform(), xytext=(7, 0), textcoords="offset points")
+        ax.annotate(name, (right, height), **where, **look)
+    return list(ends)
+
+
 def save_figure(figure: plt.Figure, path: Path, needed: bool = True) -> None:
-    """Write a figure as PNG, atomically, and let go of it."""
-    how = dict(dpi=130, format="png")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, **how), needed)
+    """Write a figure as PNG and close it. needed: False only notes where it cannot be written."""
+    options = dict(dpi=130, format="png")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, **options), needed)
     plt.close(figure)
 
 
 def draw_curves(path: Path, name: str, rows: list[dict], panels: dict[str, str]) -> None:
-    """A run's log: a panel a key against the epoch. Where it cannot be written a run goes on.
+    """Draw a run's log against the epoch. A run goes on where its picture cannot be written.
 
-    rows: of the log. panels: log key -> title; epochs in which a key is null are left out.
+    rows: the log. panels: key in the log -> title; losses share one panel. A line leaves out the
+    epochs in which its key is missing or null.
     """
-    size = dict(figsize=(4.6 * len(panels), 3.6), layout="constrained")
-    figure, axes = plt.subplots(1, len(panels), squeeze=False, **size)
-    label = name.split("-seed")[0].encode("ascii", "replace").decode().replace("$", r"\$")
-    colour = colour_of(name, [name])
-    for ax, (key, title) in zip(axes[0], panels.items()):
-        points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
-        marker = "." if len(points) <= 10 else None
-        ax.plot(*zip(*points), color=colour, linewidth=1.4, marker=marker, label=label)
+    losses = [key for key, title in panels.items() if "loss" in title]
+    groups = ([losses] if losses else []) + [[key] for key in panels if key not in losses]
+    size = dict(figsize=(4.6 * len(groups), 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, len(groups), squeeze=False, **size)
+    for ax, keys in zip(axes[0], groups):
+        for key, style in zip(keys, ("-", "--", ":", "-.")):
+            measured = [row for row in rows if row.get(key) is not None]
+            ax.plot(
+                [row["epoch"] for row in measured], [row[key] for row in measured], style,
+                color=colour_of(name, [name]), marker="." if len(measured) <= 10 else None,
+                label=panels[key],
+            )  # fmt: skip
         ax.set_xlabel("epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        tidy(ax, title)
-    handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", fontsize=8, frameon=False)
+        tidy(ax, panels[keys[0]] if len(keys) == 1 else "loss")
+        if len(keys) > 1:
+            ax.legend(fontsize=8, frameon=False)
+    printable = name.encode("ascii", "replace").decode()  # the font may lack other letters
+    figure.suptitle(printable, fontsize=10, parse_math=False)
     save_figure(figure, path, needed=False)

@@ -1,10 +1,4 @@
-"""Images and what is true of them, masks or boxes: a folder's, or synthetic ones.
-
-    ROOT/SPLIT/images/*  ROOT/SPLIT/masks/<the image's stem>.png  ROOT/boxes.tsv
-
-A mask is an image of one channel, its values class ids. boxes.tsv has a line a box: file relative
-to ROOT, x0, y0, x1, y1 in pixels, tab between them.
-"""
+"""Images with masks or boxes: synthetic, or from a folder as `eval_dense.py` describes it."""
 
 import math
 from collections import defaultdict
@@ -27,57 +21,48 @@ from support.shapes import draw_shapes
 
 Size = tuple[int, int]  # height, width
 
-MOST_CLASSES = 4096  # larger ids are 16-bit masks' mark for unlabelled pixels, or a mistake
+MOST_CLASSES = 4096  # a larger id marks unlabelled pixels, as 65535 does, or is a mistake
 
 
 class Scenes(NamedTuple):
-    """The images of a split and what is true of them, by number."""
+    """The images of a split, by number, with their masks."""
 
-    names: list[str]  # paths, of a folder's
+    names: list[str]  # the paths of files
     image: Callable[[int], Tensor]  # number -> (3, height, width) uint8
     sizes: list[Size]
     masks: list[Tensor] | None  # class ids, (height, width), uint8 or int32
 
 
 def synthetic_scenes(length: int, split: str, side: int) -> Scenes:
-    """`draw_shapes`, in parts: a thousand drawn together would take gigabytes."""
+    """`draw_shapes`, 100 at a time, because a thousand drawn at once would take gigabytes."""
     parts = torch.arange(length).split(100)
     images, _, masks = zip(*(draw_shapes(part.tolist(), side, split) for part in parts))
     names, sizes = [f"Shapes {split} {i}" for i in range(length)], [(side, side)] * length
     return Scenes(names, torch.cat(images).__getitem__, sizes, [*torch.cat(masks)])
 
 
-def read_mask(path: Path, size: Size) -> Tensor:
-    """Class ids, (height, width), of a single-channel image; a palette's indices are its ids."""
-    if not path.is_file():
-        raise UserError(f"mask {path} is missing; add it or remove its image")
-    with decoding(path, "mask"), Image.open(path) as image:
-        mode, ids = image.mode, np.array(image)
-    if ids.ndim != 2 or mode == "F" or ids.min() < 0:
-        raise UserError(
-            f"mask {path} is {mode}, not one channel of integers >= 0; save class ids as such"
-        )
-    if ids.shape != size:
-        raise UserError(
-            f"mask {path} is of {ids.shape}, its image of {size} (height, width); make them equal"
-        )
-    return torch.from_numpy(ids.astype(np.int32 if ids.max() > 255 else np.uint8))
-
-
 def image_files(paths: list[Path]) -> Scenes:
-    """Images without masks, checked now, and each read when it is asked for."""
+    """Images without masks. All are checked now, and read again when they are asked for."""
     names = [str(path) for path in paths]
     sizes = image_sizes(names)
     return Scenes(names, lambda i: pil_to_tensor(open_rgb(names[i])), sizes, None)
 
 
-def reported_split(root: Path) -> str:
-    """The split that figures are of: test, where there is one, else val."""
-    return "test" if (root / "test").is_dir() else "val"
+def read_mask(path: Path, size: Size) -> Tensor:
+    """Class ids, (height, width); those of a palette image are its indices."""
+    if not path.is_file():
+        raise UserError(f"mask {path} is missing; add it or remove its image")
+    with decoding(path, "mask"), Image.open(path) as image:
+        mode, ids = image.mode, np.array(image)
+    if ids.ndim != 2 or mode == "F" or ids.min() < 0:
+        raise UserError(f"mask {path} is {mode}; save class ids as one channel of integers >= 0")
+    if ids.shape != size:
+        raise UserError(f"mask {path} is {ids.shape}, its image {size} pixels; make them equal")
+    return torch.from_numpy(ids.astype(np.int32 if ids.max() > 255 else np.uint8))
 
 
 def folder_scenes(root: Path, split: str, with_masks: bool) -> Scenes:
-    """ROOT/split/images and, where asked for, ROOT/split/masks, checked."""
+    """ROOT/split/images and, if asked for, ROOT/split/masks. All files are checked now."""
     images, masks = root / split / "images", root / split / "masks"
     layout = f"expected ROOT/{split}/images/* and ROOT/{split}/masks/<stem>.png"
     for folder in (images, masks) if with_masks else (images,):
@@ -86,31 +71,27 @@ def folder_scenes(root: Path, split: str, with_masks: bool) -> Scenes:
     paths = sorted(f for f in images.iterdir() if f.suffix.lower() in IMG_EXTENSIONS)
     if not paths:
         raise UserError(f"--data {root}: no images in {images}; {layout}")
-    found = image_files(paths)
-    if with_masks:
-        pairs = progress(list(zip(paths, found.sizes)), f"checking {split} masks")
-        read = [read_mask(masks / f"{file.stem}.png", size) for file, size in pairs]
-        found = found._replace(masks=read)
-    return found
+    scenes = image_files(paths)
+    if not with_masks:
+        return scenes
+    pairs = progress(list(zip(paths, scenes.sizes)), f"checking {split} masks")
+    return scenes._replace(masks=[read_mask(masks / f"{p.stem}.png", size) for p, size in pairs])
 
 
 def count_classes(train: Scenes, reported: Scenes, ignore: int) -> int:
-    """1 + the largest class id of the training masks; every reported id must be below it."""
-    largest = [
-        [int(torch.where(mask.long() == ignore, -1, mask.long()).max()) for mask in scenes.masks]
-        for scenes in (train, reported)
-    ]
-    for which, ids in zip(("training", "reported"), largest):
+    """1 + the largest class id in the training masks. Raises UserError where another is larger."""
+    labelled = [mask[mask.long() != ignore] for mask in train.masks + reported.masks]
+    largest = [int(ids.max()) if len(ids) else -1 for ids in labelled]
+    in_train, in_reported = largest[: len(train.masks)], largest[len(train.masks) :]
+    for name, ids in (("training", in_train), ("reported", in_reported)):
         if max(ids) < 0:
-            raise UserError(
-                f"--ignore {ignore}: the {which} masks hold nothing else; give another id"
-            )
-    classes = min(1 + max(largest[0]), MOST_CLASSES)
-    for name, id in zip(train.names + reported.names, largest[0] + largest[1]):
+            raise UserError(f"--ignore {ignore}: the {name} masks hold no other id; use another")
+    classes = min(1 + max(in_train), MOST_CLASSES)
+    for name, id in zip(train.names + reported.names, largest):
         if id >= classes:
-            why = f"id {id}, above {classes - 1}, the largest allowed or in training masks"
-            todo = f"if it marks unlabelled pixels add --ignore {id}, else mend the mask"
-            raise UserError(f"the mask of {name} holds {why}; {todo}")
+            known = f"above {classes - 1}, the largest allowed or in training masks"
+            advice = f"if it marks unlabelled pixels add --ignore {id}, else correct the mask"
+            raise UserError(f"the mask of {name} holds id {id}, {known}; {advice}")
     return classes
 
 
@@ -120,7 +101,7 @@ def boxes_around(masks: Tensor) -> Tensor:
 
 
 def read_boxes(path: Path) -> dict[str, list[list[float]]]:
-    """boxes.tsv as path -> its boxes (x0, y0, x1, y1). A line that names columns may lead."""
+    """boxes.tsv as image path -> boxes (x0, y0, x1, y1). The first line may name the columns."""
     boxes = defaultdict(list)
     for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), start=1):
         file, *fields = line.split("\t")
@@ -130,26 +111,25 @@ def read_boxes(path: Path) -> dict[str, list[list[float]]]:
             x0, y0, x1, y1 = map(float, fields)
         except ValueError:  # not four numbers
             x0 = y0 = x1 = y1 = math.nan
-        good = 0 <= x0 < x1 < math.inf and 0 <= y0 < y1 < math.inf
-        if not good or not (path.parent / file).is_file():
-            why = "expected a file of ROOT, x0, y0, x1, y1, tab between them; mend the line"
-            raise UserError(f"{path}, line {number}: {line!r}: {why}")
+        valid = 0 <= x0 < x1 < math.inf and 0 <= y0 < y1 < math.inf
+        if not valid or not (path.parent / file).is_file():
+            layout = "expected a file of ROOT, x0, y0, x1, y1, separated by tabs"
+            raise UserError(f"{path}, line {number} is {line!r}; {layout}")
         boxes[str(path.parent / file)].append([x0, y0, x1, y1])
     return boxes
 
 
-def true_boxes(scenes: Scenes, data: str | None, ignore: int) -> list[Tensor]:
-    """Of each image its boxes, (box, 4): boxes.tsv's, else one around each id but 0 and ignore."""
-    if data and (Path(data) / "boxes.tsv").is_file():
-        listed = read_boxes(Path(data) / "boxes.tsv")
+def true_boxes(scenes: Scenes, root: Path | None, ignore: int) -> list[Tensor]:
+    """The boxes of each image, (box, 4): those of boxes.tsv, or else one around each class in its
+    mask, except 0, the background, and ignore."""
+    if root and (root / "boxes.tsv").is_file():
+        listed = read_boxes(root / "boxes.tsv")
         boxes = [torch.tensor(listed[n], dtype=torch.float64).view(-1, 4) for n in scenes.names]
     else:
-        count_classes(scenes, scenes, ignore)  # a mark for unlabelled pixels would be an object
-        ids = (mask.unique() for mask in scenes.masks)
-        ids = (i[(i != 0) & (i.long() != ignore)].view(-1, 1, 1) for i in ids)
+        count_classes(scenes, scenes, ignore)  # or a mark for unlabelled pixels would be an object
+        ids = ([i for i in m.unique().tolist() if i not in (0, ignore)] for m in scenes.masks)
+        ids = (torch.tensor(i).view(-1, 1, 1) for i in ids)
         boxes = [boxes_around(mask == i) for mask, i in zip(scenes.masks, ids)]
     if not any(map(len, boxes)):
-        raise UserError(
-            "no reported image has a true box; list boxes in boxes.tsv or mend the masks"
-        )
+        raise UserError("no reported image has a true box; list boxes in boxes.tsv or add masks")
     return boxes

@@ -1,7 +1,7 @@
-"""Shapes: a synthetic data set with masks, drawn and not downloaded.
+"""Shapes: a synthetic data set with masks, which needs no download.
 
-Ten classes of bright shapes on dark textured grounds. A linear classifier on pixels stays below
-40 %; a network that sees the shape reaches 99 %.
+Ten classes of bright shapes on dark, textured grounds. A linear classifier on the pixels stays
+below 40 % accuracy; a network that recognises the shape reaches 99 %.
 """
 
 import math
@@ -23,7 +23,7 @@ def box(x: Tensor, y: Tensor, half_width, half_height) -> Tensor:
     return torch.maximum(x.abs() - half_width, y.abs() - half_height)
 
 
-# Each is a signed distance (or nearly): negative inside, on a canvas of [-1, 1] x [-1, 1].
+# Signed distances, some approximate: negative inside the shape. The canvas is [-1, 1] x [-1, 1].
 SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "disc": lambda x, y: disc(x, y, 0.8),
     "ring": lambda x, y: disc(x, y, 0.7).abs() - 0.2,
@@ -39,14 +39,14 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def draw_shapes(indices: list[int], size: int, split: str, seed: int = 0):
-    """Draw images: one bright shape each on a dark textured ground with distractors.
+    """Draw images with one bright shape each, on a dark, textured ground.
 
-    Colour, place, size and rotation are random, the ground is three gratings, and three short
-    bars lie about as distractors. An image is a function of (seed, split, index) alone, whatever
-    its size, and its class is index mod 10.
+    The colour, position, size and rotation of the shape are random. The ground consists of three
+    gratings, and three short bars distract from the shape. The same (seed, split, index) gives the
+    same picture at every size; its class is index mod 10.
 
     Returns images (batch, 3, size, size) uint8, labels (batch,), and masks (batch, size, size)
-    uint8: 0 the ground and distractors, 1 + label the shape.
+    uint8: 0 for the ground and the distracting bars, 1 + label for the shape.
     """
     labels = torch.tensor(indices) % len(SHAPES)
     generators = [np.random.default_rng((seed, SPLITS[split], i)) for i in indices]
@@ -91,9 +91,9 @@ def draw_shapes(indices: list[int], size: int, split: str, seed: int = 0):
 
 
 class Shapes(Dataset):
-    """`draw_shapes` as a data set of (image (3, size, size) uint8, label). Deterministic.
+    """`draw_shapes` without the masks, as a data set of (image (3, size, size) uint8, label).
 
-    split: "train", "val" or "test"; they share no image. `draw_shapes` also gives masks.
+    split: "train", "val" or "test", which have no image in common.
     """
 
     def __init__(self, split: str, length: int, image_size: int = 32, seed: int = 0):
@@ -104,7 +104,7 @@ class Shapes(Dataset):
         return self.length
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
-        # DataLoader calls this with a whole batch; drawn together an image takes a tenth the time.
+        # DataLoader calls this with a whole batch: together they take a tenth of the time.
         images, labels, _ = draw_shapes(indices, self.image_size, self.split, self.seed)
         return list(zip(images, labels.tolist()))
 

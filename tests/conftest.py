@@ -12,10 +12,9 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-import data
-import engine
-from cli import one_line_errors
-from shapes import draw_shapes
+from support import data, processes
+from support.errors import errors_in_one_line
+from support.shapes import draw_shapes
 
 ROOT = fresh_process.ROOT
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes started from here
@@ -51,19 +50,18 @@ def image_root(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def float64_sgd(monkeypatch):
-    """Scripts run in this process train in float64, by plain SGD in the optimizer's own groups.
+    """Trainers run in this process train in float64, by plain SGD in the optimizer's own groups.
 
     Then a run can be compared with the same steps written out by hand: SGD's update shows a
     gradient as it is, where Adam's shows little more than its sign.
     """
 
-    def build(*args) -> torch.optim.Optimizer:
-        groups = real(*args).param_groups
-        keys = ("params", "lr", "weight_decay")
-        return torch.optim.SGD([{key: group[key] for key in keys} for group in groups])
+    def build(groups, *_, **settings) -> torch.optim.Optimizer:
+        keys = ("params", "weight_decay")
+        groups = [{key: group[key] for key in keys} for group in groups]
+        return torch.optim.SGD(groups, lr=settings["lr"])
 
-    real = engine.build_optimizer
-    monkeypatch.setattr(engine, "build_optimizer", build)
+    monkeypatch.setattr(processes, "sharing_state", build)
     torch.set_default_dtype(torch.float64)
     data.channel_statistics.cache_clear()
     yield
@@ -73,13 +71,13 @@ def float64_sgd(monkeypatch):
 
 def passes_computed_twice(monkeypatch) -> list:
     """Of a run in this process: an entry for each block's pass whose activations are not kept."""
-    passes, real = [], engine.checkpoint
+    passes, real = [], processes.checkpoint
 
     def counted(*args, **kind):
         passes.append(args)
         return real(*args, **kind)
 
-    monkeypatch.setattr(engine, "checkpoint", counted)
+    monkeypatch.setattr(processes, "checkpoint", counted)
     return passes
 
 
@@ -112,7 +110,7 @@ def run_main(main, words, cwd: Path, monkeypatch) -> None:
     """A script's `main()` in this process, to its end: importing torch anew takes seconds."""
     monkeypatch.chdir(cwd)
     monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
-    with one_line_errors("-"):
+    with errors_in_one_line("-"):
         main()
 
 

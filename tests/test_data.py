@@ -12,10 +12,10 @@ from conftest import script_environment
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
-import data as data_module
-from cli import BadInput, one_line_errors
-from data import Batches, augmentations, make_loader, mixed_seeds, normalise, open_rgb
-from shapes import Shapes
+from support import data as data_module
+from support.data import Batches, augmentations, make_loader, mixed_seeds, normalise, open_rgb
+from support.errors import UserError, errors_in_one_line
+from support.shapes import Shapes
 
 
 def test_processes_share_a_batch_and_a_resumed_epoch_is_the_rest_of_it():
@@ -58,12 +58,12 @@ def test_sixteen_bits_a_pixel_are_scaled_and_thirty_two_refused(tmp_path):
     ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(2, 0)
     Image.fromarray(ramp).save(path)
     assert np.asarray(open_rgb(path))[0, :, 1].tolist() == list(range(256))
-    words = r"image\.tiff has 32 bits a pixel; save it with 8 or 16"
+    words = r"image\.tiff has 32 bits per pixel; save it with 8 or 16"
     Image.fromarray(np.array([[256, 257, 65534]], np.uint16)).save(path)
     assert np.asarray(open_rgb(path))[0, :, 1].tolist() == [0, 1, 254]  # 65535 is 255, so 257 is 1
     for kind in (np.int32, np.float32):
         Image.fromarray(ramp.astype(kind)).save(tmp_path / "image.tiff")
-        with pytest.raises(BadInput, match=words):
+        with pytest.raises(UserError, match=words):
             open_rgb(str(tmp_path / "image.tiff"))
 
 
@@ -94,7 +94,7 @@ def test_links_to_other_folders_are_followed(image_root, tmp_path):
     ],
 )
 def test_what_the_machine_lacks_is_said_in_one_line(error, words, capsys):
-    with pytest.raises(SystemExit), one_line_errors("use less"):
+    with pytest.raises(SystemExit), errors_in_one_line("use less"):
         raise error
     message = capsys.readouterr().err
     assert message.startswith(f"error: {words}") and message.count("\n") == 1
@@ -104,7 +104,8 @@ def test_what_the_machine_lacks_is_said_in_one_line(error, words, capsys):
 def test_a_reader_that_has_left_is_told_and_no_traceback_follows(flush, tmp_path):
     """As `head` does: what is left is written once more as Python ends."""
     (tmp_path / "talks.py").write_text(
-        f"import cli\nwith cli.one_line_errors('-'):\n print(1, flush=True)\n input()\n"
+        f"from support.errors import errors_in_one_line\nwith errors_in_one_line('-'):\n"
+        " print(1, flush=True)\n input()\n"
         f" print(2, flush={flush})\n"
     )
     ends = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
@@ -118,13 +119,12 @@ def test_a_reader_that_has_left_is_told_and_no_traceback_follows(flush, tmp_path
         talks.stdin.write("\n")
         talks.stdin.close()
         said = talks.stderr.read()
-    assert said == "error: the reader of the output has left, or a process has ended\n"
+    assert said == "error: output: Broken pipe\n"
     assert talks.returncode == 1
     with open("/dev/full", "w") as full:
         how = dict(input="\n", stdout=full, stderr=subprocess.PIPE, text=True)
         talks = subprocess.run([sys.executable, "talks.py"], cwd=tmp_path, env=environment, **how)
-    assert talks.stderr == "error: a file: No space left on device; mend it or name another\n"
-    assert talks.returncode == 2
+    assert talks.stderr == "error: output: No space left on device\n" and talks.returncode == 1
 
 
 class Wrong(Shapes):
@@ -136,7 +136,7 @@ def test_a_mistake_in_a_worker_is_not_called_a_lack_of_memory():
     batches = Batches(8, 4, seed=0, shuffle=True)
     loader = make_loader(Wrong("train", 8, 16), v2.Identity(), batches, 1, torch.device("cpu"))
     iterator = iter(loader)
-    with pytest.raises(RuntimeError, match="shapes do not fit"), one_line_errors("-"):
+    with pytest.raises(RuntimeError, match="shapes do not fit"), errors_in_one_line("-"):
         next(iterator)
     iterator._shutdown_workers()  # they heed no signal, and the error's frames hold the iterator
 
@@ -210,7 +210,7 @@ def test_of_a_large_set_a_sample_is_looked_at_and_as_many_at_once_as_there_are_c
 
     monkeypatch.setattr(data_module, "open_rgb", opened)
     monkeypatch.setattr(data_module, "CORES", 3)
-    monkeypatch.setattr(data_module, "LOOKED_THROUGH", 2500)
+    monkeypatch.setattr(data_module, "CHECKED_ALL", 2500)
     data_module.check_images([str(i) for i in range(2500)])
     assert len(seen) == 2500 and 1 < max(most) <= 3
     seen.clear()

@@ -1,11 +1,8 @@
-"""The init of our own: what a block does at the start, and how far it holds."""
+"""Our own init: what a block computes at the start, at every depth, and how it is kept."""
 
 import copy
 import inspect
 import math
-import textwrap
-from functools import partial
-from types import MethodType
 
 import pytest
 import torch
@@ -13,10 +10,7 @@ import torch.nn.functional as F
 from conftest import share_of
 from torch import nn
 
-import engine
-import identity_init
-from data import normalise
-from identity_init import (
+from beyond.identity_init import (
     COUNTS_ON,
     NEEDS,
     hold_pairs,
@@ -26,7 +20,9 @@ from identity_init import (
     own_token_bias,
 )
 from minskip import ViT, conditioned_init_
-from shapes import draw_shapes
+from soap import SOAP
+from support.data import normalise
+from support.shapes import draw_shapes
 
 
 def network(depth: int, dim: int = 64, num_heads: int = 8, side: int = 4, **more) -> ViT:
@@ -42,7 +38,7 @@ def gradients(model: ViT, images, labels) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("ratio", [2, 4, 6])
 def test_the_mlp_is_the_identity_plus_its_free_units(ratio):
-    """GELU(z) - GELU(-z) = z: g^2 x exactly, whatever the gain; beside it the free units."""
+    """GELU(z) - GELU(-z) = z: exactly g^2 x, whatever g is, and the free units beside it."""
     d, number = 96, 5
     g2 = 2 * number
     block = identity_init_(network(24, dim=d, mlp_ratio=ratio)).blocks[number - 1]
@@ -60,7 +56,7 @@ def test_the_mlp_is_the_identity_plus_its_free_units(ratio):
 
 @pytest.mark.parametrize("depth, dim, num_heads", [(4, 64, 8), (12, 96, 4), (48, 64, 2)])
 def test_keepers_pass_tokens_on_and_fetchers_bring_the_mean(depth, dim, num_heads):
-    """With W_Q = W_K = 0: delta x + (1 - delta) (mean of the others), and a projected mean."""
+    """With W_Q = 0: delta x + (1 - delta) (mean of the others), and a projection of the mean."""
     model = identity_init_(network(depth, dim, num_heads))
     attention, n, d_h = model.blocks[1].attention, 16, dim // num_heads
     nn.init.zeros_(attention.W_Q.weight)
@@ -83,7 +79,7 @@ def test_keepers_pass_tokens_on_and_fetchers_bring_the_mean(depth, dim, num_head
 
 @torch.no_grad()
 def correlation(tokens: torch.Tensor) -> float:
-    """Mean cosine of two different tokens, (image, token, dim)."""
+    """Mean cosine of two different tokens, for (image, token, dim)."""
     x = F.normalize(tokens, dim=-1)
     n = x.shape[1]
     return ((x @ x.mT).sum((-2, -1)).mean().item() - n) / (n * (n - 1))
@@ -95,21 +91,19 @@ def correlation(tokens: torch.Tensor) -> float:
      (12, 64, 4, 28, "mean")],
 )  # fmt: skip
 def test_tokens_stay_apart_at_every_depth(depth, dim, num_heads, side, pool):
-    """Correlation below .9 after the last block, 4 to 48 blocks, 16 to 784 tokens."""
+    """Correlation below .9 after the last block, with 4 to 48 blocks and 16 to 784 tokens."""
     images = normalise(draw_shapes([0, 1], 8 * side, "val")[0])
     model = identity_init_(network(depth, dim, num_heads, side, pool=pool))
     [end] = model.forward_features(images, [depth])
     assert correlation(end) < 0.9
     assert end.norm(dim=-1).isfinite().all()
-    if depth == 12 and side == 14:  # where the paper's constants lose them
-        [last] = conditioned_init_(network(depth, dim, num_heads, side)).forward_features(
-            images, [depth]
-        )
-        assert correlation(last) > 0.99
+    if depth == 12 and side == 14:  # where they are all alike with the paper's constants
+        paper = conditioned_init_(network(depth, dim, num_heads, side))
+        assert correlation(paper.forward_features(images, [depth])[0]) > 0.99
 
 
 def test_gradients_reach_what_is_to_learn():
-    """Block by block alike, in free units, fetchers and W_Q (but the last)."""
+    """Free units, fetchers and W_Q get gradients of similar size in all blocks but the last."""
     images, labels, _ = draw_shapes(list(range(8)), 32, "val")
     model = identity_init_(network(24))
     found = gradients(model, normalise(images), labels)
@@ -128,8 +122,8 @@ def test_gradients_reach_what_is_to_learn():
         values = norms(path, part)
         assert min(values) > 0 and max(values) < 60 * min(values), path
 
-    # Of the residual network's size, W_V's by the unit of its weights, c; in block 1 more, where
-    # the stream is light, deeper down less, as 1/l.
+    # They are about as large as the residual network's, if W_V's are measured in units of its
+    # entries, c: larger in block 1, and smaller further on, as 1/l.
     residual = ViT(32, 8, 10, dim=64, depth=24, num_heads=8, pool="mean", pos_embed_std=0.5)
     theirs = gradients(residual, normalise(images), labels)
     for path, part, unit in (
@@ -138,11 +132,9 @@ def test_gradients_reach_what_is_to_learn():
         ("attention.W_V.weight", fetchers, 64),
         ("attention.W_Q.weight", slice(None), 1),
     ):
-        for b in (0, 11, 22):
-            ratio = (
-                unit * found[f"blocks.{b}.{path}"][part].std() / theirs[f"blocks.{b}.{path}"].std()
-            )
-            assert 0.05 < ratio < 20, (path, b)
+        for name in (f"blocks.{b}.{path}" for b in (0, 11, 22)):
+            ratio = unit * found[name][part].std() / theirs[name].std()
+            assert 0.05 < ratio < 20, name
 
 
 @pytest.mark.parametrize(
@@ -159,7 +151,7 @@ def test_each_function_works_when_copied_alone(function, arguments):
     assert all(torch.equal(a, b) for a, b in zip(copied, function(*arguments)))
 
 
-def test_it_refuses_what_it_does_not_fit():
+def test_models_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="pairs take 2 x 64 hidden units; there are 64"):
         identity_init_(network(2, mlp_ratio=1))
     with pytest.raises(ValueError, match="two heads or more"):
@@ -171,89 +163,49 @@ def test_it_refuses_what_it_does_not_fit():
         identity_init_(nn.Linear(2, 2))
 
 
-def test_biases_left_by_another_init_are_cleared():
-    model = network(2)
-    linears = [m for m in model.blocks.modules() if isinstance(m, nn.Linear)]
-    for linear in linears:
+def test_all_weights_are_drawn_by_the_generator_and_old_biases_are_cleared():
+    """Whatever torch's global generator does, and whatever the network held before."""
+    model, twin, other = network(2), network(2), network(2)
+    for linear in (m for m in model.blocks.modules() if isinstance(m, nn.Linear)):
         nn.init.ones_(linear.bias)
-    identity_init_(model)
-    assert all(linear.bias.abs().max() == 0 for linear in linears)
+    for net, seed in ((model, 3), (twin, 3), (other, 4)):
+        identity_init_(net, torch.Generator().manual_seed(seed))  # the global one has moved on
+    again, changed = twin.state_dict(), other.state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, again[name]), name
+        if "bias" in name and "blocks" in name and "diagonal" not in name:
+            assert weight.abs().max() == 0, name
+        if any(part in name for part in ("W_V.weight", "fc1.weight", "fc2.weight")):
+            assert not torch.equal(weight, changed[name]), name
+    first, second = (block.mlp.fc1.weight[128:] for block in model.blocks)
+    assert not torch.equal(first, second)
 
 
-def test_the_diagonal_bias_is_learned_and_seeded_weights_repeat():
-    model = identity_init_(network(2), torch.Generator().manual_seed(3))
-    twin = identity_init_(network(2), torch.Generator().manual_seed(3))
-    assert torch.equal(model.blocks[1].mlp.fc1.weight, twin.blocks[1].mlp.fc1.weight)
-    assert not torch.equal(model.blocks[0].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight)
-    assert not list(model.blocks[0].norm1.parameters())  # no gain, no shift
+def test_the_diagonal_bias_is_learned_and_the_blocks_norms_have_nothing_to_learn():
+    model = identity_init_(network(2))
+    assert not list(model.blocks[0].norm1.parameters())
     found = gradients(model, torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
     assert found["blocks.0.attention.diagonal_bias"].abs().min() > 0
 
 
-@pytest.mark.parametrize("opt", ["soap", "adamw"])
-def test_pairs_take_a_tenth_of_each_step_and_all_else_the_whole(opt):
-    """Weight decay included; two optimizers of one kind, one of them held, on equal gradients."""
+@pytest.mark.parametrize("kind", [SOAP, torch.optim.AdamW])
+@pytest.mark.parametrize("as_list", [False, True])
+def test_pairs_take_a_tenth_of_each_step_and_all_else_the_whole(kind, as_list):
+    """Weight decay included: two optimizers, one of them held, on the same network's gradients."""
     images, labels, _ = draw_shapes(list(range(4)), 32, "val")
-    model, start = identity_init_(network(2)), {}
+    model = identity_init_(network(2))
     twin = copy.deepcopy(model)
-    for step in range(3):
-        moved = []
-        for net in (model, twin):
+    held, free = (kind(net.parameters(), lr=1e-2, weight_decay=0.5) for net in (model, twin))
+    hold_pairs(held, [(b.mlp.fc1, b.mlp.fc2) for b in model.blocks] if as_list else model)
+    for _ in range(3):
+        twin.load_state_dict(model.state_dict())  # so that gradients stay equal
+        before = copy.deepcopy(model.state_dict())
+        for net, optimizer in ((model, held), (twin, free)):
             net.zero_grad()
             gradients(net, normalise(images), labels)
-            if not step:
-                start[net] = engine.build_optimizer(net, opt, 1e-2, weight_decay=0.5)
-                if net is model:
-                    hold_pairs(start[net], net)
-            before = {name: p.detach().clone() for name, p in net.named_parameters()}
-            start[net].step()
-            moved.append({name: p.detach() - before[name] for name, p in net.named_parameters()})
-            if net is model:  # the twin goes on from here, so that gradients stay equal
-                after = copy.deepcopy(net.state_dict())
-        for name, ours in moved[0].items():
-            expected = share_of(name, ours) * moved[1][name]
-            assert torch.allclose(ours, expected, rtol=1e-3, atol=1e-7), name
-        assert moved[1]["blocks.1.mlp.fc1.weight"][:128].abs().mean() > 1e-4 or opt == "soap"
-        twin.load_state_dict(after)
-    assert moved[0]["blocks.1.mlp.fc1.weight"][:128].abs().mean() > 1e-5
-
-
-def test_the_snippet_gives_a_timm_vit_the_same_blocks_and_it_trains():
-    """The text in the docstring, run as it stands; timm's block then computes what ours does."""
-    timm = pytest.importorskip("timm")
-    lines = identity_init.__doc__.splitlines()
-    first, last = (i for i, line in enumerate(lines) if line.startswith(("    def skip", "and, ")))
-    names = vars(identity_init) | dict(MethodType=MethodType)
-    exec(textwrap.dedent("\n".join(lines[first:last])), names)
-
-    norm = partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False)
-    shape = dict(img_size=32, patch_size=8, embed_dim=64, depth=3, num_heads=8, num_classes=10)
-    more = dict(class_token=False, global_pool="avg", norm_layer=norm)
-    torch.manual_seed(0)
-    vit = timm.models.VisionTransformer(**shape, **more)
-    names["identity_timm_"](vit)
-    assert vit.pos_embed.std().item() == pytest.approx(0.5, rel=0.1)
-    ours, theirs = network(3).blocks[2], vit.blocks[2]
-    a, b = ours.attention, theirs.attn
-    with torch.no_grad():
-        for linear, W in zip((a.W_Q, a.W_K, a.W_V), b.qkv.weight.chunk(3)):
-            linear.weight.copy_(W)
-            linear.bias.zero_()
-        for linear, other in ((a.W_O, b.proj), (ours.mlp.fc1, theirs.mlp.fc1),
-                              (ours.mlp.fc2, theirs.mlp.fc2)):  # fmt: skip
-            linear.load_state_dict(other.state_dict())
-        a.diagonal_bias.copy_(theirs.diagonal_bias)
-        x = torch.randn(2, 16, 64)
-        assert torch.allclose(theirs(x), ours(x), rtol=1e-3, atol=1e-3)
-        free = F.gelu(x @ ours.mlp.fc1.weight.T[:, 128:]) @ ours.mlp.fc2.weight.T[128:]
-        assert torch.allclose(ours.mlp(x) - free, 6 * x, atol=1e-4)  # g^2 = 2 l, of block 3
-
-    optimizer = engine.build_optimizer(vit, "soap", 3e-3, 0.0)
-    hold_pairs(optimizer, vit)
-    images, labels, losses = draw_shapes(list(range(10)), 32, "val")[0], torch.arange(10), []
-    for _ in range(20):
-        losses.append(F.cross_entropy(vit(normalise(images)), labels))
-        optimizer.zero_grad()
-        losses[-1].backward()
-        optimizer.step()
-    assert losses[-1] < 0.5 * losses[0]
+            optimizer.step()
+        for (name, p), q in zip(model.named_parameters(), twin.parameters()):
+            expected = share_of(name, p) * (q - before[name])
+            torch.testing.assert_close(p - before[name], expected, rtol=1e-3, atol=1e-6, msg=name)
+    pair = "blocks.1.mlp.fc1.weight"
+    assert (twin.state_dict()[pair] - before[pair])[:128].abs().mean() > 1e-4

@@ -1,4 +1,4 @@
-"""The probe's numbers against the same written out by hand, and what it shows of them."""
+"""The probe's numbers against the same written out by hand, and how it shows them."""
 
 import json
 import math
@@ -12,14 +12,13 @@ from conftest import OTHER_PARTS, assert_fails_in_one_line, run_here, run_main
 from PIL import Image
 from torch import Tensor, nn
 
-import files
 import jacobian_probe as probe
-import jacobians
-import networks
-import pictures
-from data import augmentations, image_folder, normalise
+from beyond.arms import ARMS, fresh_arm
 from minskip import MLP, PRESETS, Attention, Block, ViT
-from shapes import draw_shapes
+from support import pictures
+from support.data import augmentations, image_folder, normalise
+from support.files import save_checkpoint
+from support.shapes import draw_shapes
 
 SHAPE = dict(image_size=16, patch_size=8, num_classes=5, dim=12, depth=2, num_heads=3)
 
@@ -44,7 +43,7 @@ def some_images(count: int = 3) -> tuple[Tensor, Tensor]:
 
 
 def attention_by_hand(attention: Attention, y: Tensor) -> tuple[list[Tensor], Tensor]:
-    """(each head's matrix, the output) for one image's y, (token, dim), a head at a time."""
+    """([P of each head], output) for one image's y, (token, dim), one head at a time."""
     d_h = y.shape[1] // attention.num_heads
     q, k, v = (y @ W.weight.T + W.bias for W in (attention.W_Q, attention.W_K, attention.W_V))
     heads = [slice(h * d_h, (h + 1) * d_h) for h in range(attention.num_heads)]
@@ -66,7 +65,7 @@ def kappa(J: Tensor) -> float:
 
 
 @pytest.mark.parametrize("residual, pool", [(True, "cls"), (False, "mean")])
-def test_gradient_norms_are_those_that_backward_leaves(residual, pool):
+def test_gradient_norms_are_those_of_backward(residual, pool):
     model, (images, labels) = scattered_vit(residual, pool), some_images()
     norms = probe.gradient_norms(model, model.forward_features(images, [0, 1, 2]), labels)
 
@@ -86,10 +85,10 @@ def test_gradient_norms_are_those_that_backward_leaves(residual, pool):
 
 
 def test_default_skipless_gradients_of_queries_vanish_while_values_do_not():
-    """Why the probe shows each matrix apart."""
+    """Why the probe shows each matrix by itself."""
     torch.manual_seed(0)
     shape = SHAPE | dict(dim=64, depth=8, num_heads=2)
-    model = networks.fresh_arm("skipless-default", pool="mean", **shape).double()
+    model = fresh_arm("skipless-default", pool="mean", **shape).double()
     images, labels = some_images()
     norms = probe.gradient_norms(model, model.forward_features(images, list(range(9))), labels)
     assert norms["g(W_Q)"][4] < 1e-3 * norms["g(W_Q)"][0]
@@ -132,16 +131,13 @@ def test_apjn_of_linear_uniform_attention_with_skips():
 
 
 def test_token_statistics_of_known_tokens():
-    alike, apart = torch.ones(1, 5, 8), torch.eye(5, 8)[None]
-    result = probe.token_statistics(alike)
-    assert 0 <= result["1-corr"] < 1e-6
-    assert result["eff.rank"] == pytest.approx(1, abs=1e-5)
-    assert probe.token_statistics(3 * apart) == pytest.approx({"1-corr": 1, "eff.rank": 5})
-    both = probe.token_statistics(torch.cat([alike, apart]))  # the mean over images
+    alike, different = torch.ones(1, 5, 8), torch.eye(5, 8)[None]
+    assert probe.token_statistics(3 * different) == pytest.approx({"1-corr": 1, "eff.rank": 5})
+    both = probe.token_statistics(torch.cat([alike, different]))  # the mean over images
     assert both == pytest.approx({"1-corr": 0.5, "eff.rank": 3}, abs=1e-5)
     torch.manual_seed(0)
-    for token in torch.randn(50, 7, dtype=torch.float64):  # rounding makes none negative
-        assert probe.token_statistics(token.expand(1, 5, 7))["1-corr"] >= 0
+    for token in torch.randn(50, 7, dtype=torch.float64):  # rounding must not make it negative
+        assert 0 <= probe.token_statistics(token.expand(1, 5, 7))["1-corr"] < 1e-6
 
 
 def test_token_statistics_by_hand():
@@ -181,78 +177,59 @@ def test_closed_form_jacobians_equal_autograds(heads):
     attention, mlp = scattered(Attention(12, heads)), scattered(MLP(12, 24))
     y = torch.randn(5, 12, dtype=torch.float64)
     K = autograd_jacobian(lambda y: attention_by_hand(attention, y)[1], y)
-    assert (jacobians.attention_jacobian(attention, y) - K).abs().max() < 1e-12
-    blocks = torch.block_diag(*jacobians.mlp_jacobians(mlp, y))
+    assert (probe.attention_jacobian(attention, y) - K).abs().max() < 1e-12
+    blocks = torch.block_diag(*probe.mlp_jacobians(mlp, y))
     assert (autograd_jacobian(mlp, y) - blocks).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("residual", [True, False])
-def test_progressive_conditioning_is_that_of_autograds_jacobians(residual):
-    """From each l on, at last of the last block alone. Rank once lost does not come back."""
+def test_kappas_to_the_output_are_those_of_autograds_jacobians(residual):
+    """From each block on, and down to the last block alone."""
     model = scattered_vit(residual, "cls", depth=3, norm_affine=residual, diagonal_bias=True)
-    for block in model.blocks:  # tokens kept apart: kappa is no rounding
+    for block in model.blocks:  # keeps tokens different, so that kappa is more than rounding
         block.attention.diagonal_bias.data += 4
     image = some_images(1)[0][0]
-    result = jacobians.progressive_conditioning(model, image)
+    result = probe.conditioning_to_output(model, image)
     for i, x in enumerate(model.forward_features(image[None], [0, 1, 2])):
         J = autograd_jacobian(nn.Sequential(*model.blocks[i:]), x)
-        s = torch.linalg.svdvals(J)  # 5 tokens of width 12: 60, of which two a token left out
+        s = torch.linalg.svdvals(J)  # 5 tokens of width 12: 60, less two per token
         assert result["k(J)"][i] == pytest.approx((s[0] / s[49]).item(), rel=1e-6)
         assert result["k(J) half"][i] == pytest.approx((s[0] / s[29]).item(), rel=1e-6)
-        assert residual or s[50] < 1e-4 * s[49]  # nothing that a LayerNorm passes is left out
-    assert (jacobians.block_jacobian(model.blocks[2], x[0]) - J).abs().max() < 1e-12
+        assert residual or s[50] < 1e-4 * s[49]  # only what a LayerNorm drops is left out
+    assert (probe.block_jacobian(model.blocks[2], x[0]) - J).abs().max() < 1e-12
     assert result["k(J)"][3:] == result["k(J) half"][3:] == [1]
-    if not residual:
+    if not residual:  # rank that a block has lost does not come back
         nn.init.zeros_(model.blocks[1].mlp.fc2.weight)
-        for kappas in jacobians.progressive_conditioning(model, image).values():
+        for kappas in probe.conditioning_to_output(model, image).values():
             assert kappas[:2] == [1e15, 1e15] and kappas[2] < 1e15
 
 
-def test_products_with_the_jacobian_and_their_ritz_values():
-    """<u, K v> = <K^T u, v>, both agree with the closed form. Golub-Kahan: with skips both ends are
-    found; without, the smallest Ritz value is only an upper bound."""
+@pytest.mark.parametrize("skip", [3.0, 0.0])
+def test_krylov_stretches_lie_between_the_singular_values(skip):
+    """With a skip both ends are found; without, the smallest is only an upper bound."""
     attention = scattered(Attention(24, 3))
     y = torch.randn(8, 24, dtype=torch.float64)
-    u, v, start = torch.randn(3, y.numel(), dtype=torch.float64)
-    for skip in (3.0, 0.0):
-        forward, adjoint = jacobians.attention_maps(attention, y, skip)
-        K = jacobians.attention_jacobian(attention, y) + skip * torch.eye(y.numel())
-        assert (u @ forward(v)).item() == pytest.approx((adjoint(u) @ v).item(), rel=1e-10)
-        assert (forward(v) - K @ v).abs().max() < 1e-10
-        singular = torch.linalg.svdvals(K)
-        ritz = jacobians.golub_kahan(forward, adjoint, start, iterations=30)
-        assert len(ritz) == 30
-        assert ritz.max().item() == pytest.approx(singular.max().item(), rel=1e-3)
-        assert ritz.min() >= singular.min() * (1 - 1e-9)
-        if skip:
-            assert ritz.min().item() == pytest.approx(singular.min().item(), rel=0.05)
+    found = probe.krylov_stretches(lambda y: probe.attention_of(attention, y) + skip * y, y, 30)
+    K = probe.attention_jacobian(attention, y)
+    exact = torch.linalg.svdvals(K + skip * torch.eye(len(K)))
+    assert len(found) == 30
+    assert found.max().item() == pytest.approx(exact.max().item(), rel=1e-3)
+    assert found.min() >= exact.min() * (1 - 1e-9)
+    if skip:
+        assert found.min().item() == pytest.approx(exact.min().item(), rel=0.05)
 
 
-def test_golub_kahan_run_to_the_end_finds_every_singular_value():
-    """And stops by itself where the start's Krylov space ends: here it is all of R^6, or half."""
-    torch.manual_seed(0)
-    M = torch.randn(6, 6, dtype=torch.float64)
-    two, ones = torch.block_diag(M[:3, :3], M[3:, 3:]), torch.ones(6).double()
-    half = torch.tensor([1.0, 1, 1, 0, 0, 0]).double()
-    for J, start, part in ((M, ones, M), (two, ones, two), (two, half, M[:3, :3])):
-        ritz = jacobians.golub_kahan(lambda v: J @ v, lambda u: J.T @ u, start, 50)  # noqa: B023
-        assert torch.allclose(ritz[: len(part)], torch.linalg.svdvals(part))
-    assert jacobians.golub_kahan(lambda v: 0 * v, lambda u: 0 * u, half, 5).tolist() == [0.0]
+def test_krylov_stretches_are_all_singular_values_in_the_end():
+    M, y = torch.randn(6, 6).double(), torch.zeros(6).double()
+    found = probe.krylov_stretches(lambda v: M @ v, y, 6)
+    assert torch.allclose(found, torch.linalg.svdvals(M))
+    assert probe.condition_number(probe.krylov_stretches(lambda v: 0 * v, y, 3)) == 1e15
 
 
-def test_condition_numbers():
-    """By one LU: of K, ill-conditioned, of K + I, and of a singular matrix; from singular values.
-    They end where rounding begins."""
-    attention = scattered(Attention(24, 3))
-    K = jacobians.attention_jacobian(attention, torch.randn(8, 24, dtype=torch.float64))
-    for J in (K, K + torch.eye(len(K))):
-        assert jacobians.square_condition_number(J) == pytest.approx(kappa(J), rel=1e-4)
-    K[3] = 0
-    for J in (K, torch.tensor([1.0, 1e-20]).double().diag()):
-        assert jacobians.square_condition_number(J) == 1e15
-    assert jacobians.condition_number(torch.tensor([[8.0, 4.0], [6.0, 2.0]])) == 4
+def test_condition_numbers_end_where_rounding_begins():
+    assert probe.condition_number(torch.tensor([[8.0, 4.0], [6.0, 2.0]])) == 4
     for smallest in (0.0, 1e-17):
-        assert jacobians.condition_number(torch.tensor([1.0, smallest])) == 1e15
+        assert probe.condition_number(torch.tensor([1.0, smallest])) == 1e15
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -263,28 +240,26 @@ def test_conditioning_is_that_of_autograds_jacobians(residual):
     y = block.norm1(x)
     attended = attention_by_hand(block.attention, y)[1]
     z = block.norm2(x + attended if residual else attended)
-    result = jacobians.conditioning(block, x)
+    result = probe.conditioning(block, x)
     K = autograd_jacobian(lambda y: attention_by_hand(block.attention, y)[1], y)
     for name, J in (("K", K), ("MLP", autograd_jacobian(block.mlp, z))):
-        assert result[f"k({name})"] == pytest.approx(kappa(J), rel=1e-4)
-        assert result[f"k({name}+I)"] == pytest.approx(kappa(J + torch.eye(48)), rel=1e-4)
+        assert result[f"k({name})"] == pytest.approx(kappa(J), rel=1e-6)
+        assert result[f"k({name}+I)"] == pytest.approx(kappa(J + torch.eye(48)), rel=1e-6)
 
 
 def test_conditioning_of_a_large_block_is_bounded_from_below(monkeypatch):
     block = scattered(Block(24, 3, 4.0, residual=False))
     x = torch.randn(20, 24, dtype=torch.float64)
-    exact = jacobians.conditioning(block, x)
-    K = jacobians.attention_jacobian(block.attention, block.norm1(x))
-    assert exact["k(K)"] == pytest.approx(kappa(K), rel=1e-3)
-    monkeypatch.setattr(jacobians, "DENSE_LIMIT", 479)
+    exact = probe.conditioning(block, x)
+    monkeypatch.setattr(probe, "DENSE_LIMIT", 479)
     torch.manual_seed(0)
-    bound = jacobians.conditioning(block, x)
+    bound = probe.conditioning(block, x)
     for key in exact:
         assert 1 < bound[key] <= exact[key] * 1.01
         assert bound[key] > exact[key] / 3 or key == "k(K)"
     assert bound["k(K)"] != bound["k(K+I)"]
-    tokens = block.norm2(block.attention(block.norm1(x)[None])[0])[::2]
-    some = torch.linalg.svdvals(jacobians.mlp_jacobians(block.mlp, tokens))
+    tokens = block.norm2(block.attention(block.norm1(x)[None])[0])[::2]  # of 20, about 8
+    some = torch.linalg.svdvals(probe.mlp_jacobians(block.mlp, tokens))
     assert bound["k(MLP)"] == pytest.approx((some.max() / some.min()).item())
 
 
@@ -305,11 +280,11 @@ def test_measure_puts_each_number_at_its_block():
         expected = probe.token_statistics(x)
         if i < 2:
             block = model.blocks[i]
-            expected |= probe.attention_statistics(block, x) | jacobians.conditioning(block, x[0])
+            expected |= probe.attention_statistics(block, x) | probe.conditioning(block, x[0])
         for key, value in expected.items():
             assert result[key][i] == pytest.approx(value, rel=1e-5)
-    shown = {*probe.GRADIENTS, *probe.STATE} - {"k(J)"}  # of the first seed only
-    assert set(result) == shown  # nothing is measured that is not shown
+    tables = {*probe.GRADIENTS, *probe.STATE} - {"k(J)"}  # which is measured for one seed only
+    assert set(result) == tables  # all that is measured is shown
     assert next(model.parameters()).dtype == torch.float64 and not model.training
     alike = probe.measure(ViT(**SHAPE, residual=False, pool="mean"), images.float(), labels, "bar")
     assert alike["1-corr"][2] < 1e-9  # where float32 leaves 1e-7
@@ -321,39 +296,39 @@ def test_medians_are_taken_number_by_number():
     assert probe.medians(runs) == {"a": [2.0, 8.0], "b": [5.0], "c": [3.0]}
 
 
-# ---- what is shown -------------------------------------------------------------------------------
+# ---- tables and conclusions ----------------------------------------------------------------------
 
 
 def record(depth: int = 12, arm: str = "residual", shade: str = "", exact: bool = True, **changed):
-    """A network's record in which every column is 1 everywhere, but for the columns changed."""
+    """A network's record with 1 for each number, apart from the columns in `changed`."""
     long = ("g(tokens)", "APJN", "k(J)", "k(J) half", "1-corr", "eff.rank", *probe.THEORY)
     columns = [*probe.GRADIENTS, *probe.STATE, "k(J) half"]
     columns += probe.THEORY if arm != "skipless-paper" else []
     numbers = {c: [1.0] * (depth + (c in long)) for c in columns} | changed
     return dict(
-        group=arm, shade=shade, depth=depth, residual=arm == "residual", tokens=16, exact=exact,
-        medians=numbers, runs=[numbers],
+        group=arm, shade=shade, label=f"{arm} {shade}", depth=depth, residual=arm == "residual",
+        tokens=16, exact=exact, medians=numbers, runs=[numbers],
     )  # fmt: skip
 
 
-def test_numbers_are_shown_to_three_digits():
-    shown = [probe.shown(x) for x in (0, 1, 0.0012345, 48712.3, 1e5, 3.2e-9, 12.0)]
-    assert shown == "0 1 0.00123 48700 1e+05 3e-09 12".split()
-    assert probe.shown(4871.23, at_least=True) == ">=4870"
+def test_numbers_have_three_digits():
+    texts = [probe.three_digits(x) for x in (0, 1, 0.0012345, 48712.3, 1e5, 3.2e-9, 12.0)]
+    assert texts == "0 1 0.00123 48700 1e+05 3e-09 12".split()
+    assert probe.three_digits(4871.23, at_least=True) == ">=4870"
 
 
 def test_lower_bounds_are_marked_and_nothing_else():
-    ks = {key: [2.0, 3.0] for key in jacobians.CONDITIONS} | {"k(Z)": [2.0, 1e15]}
+    ks = {key: [2.0, 3.0] for key in probe.CONDITIONS} | {"k(Z)": [2.0, 1e15]}
     exact, bound = (record(depth=2, exact=e, **ks) for e in (True, False))
-    assert probe.at(exact, "k(K)", 1) == "2" and probe.at(bound, "k(K)", 2) == ">=3"
-    assert probe.at(bound, "own", 1) == "1" and probe.at(bound, "k(Z)", 1) == "2"
-    assert probe.at(exact, "k(Z)", 2) == ">=1e+15"
-    assert probe.at(bound, "k(K)", 0) == probe.at(exact, "own", 0) == ""
+    assert probe.cell(exact, "k(K)", 1) == "2" and probe.cell(bound, "k(K)", 2) == ">=3"
+    assert probe.cell(bound, "own", 1) == "1" and probe.cell(bound, "k(Z)", 1) == "2"
+    assert probe.cell(exact, "k(Z)", 2) == ">=1e+15"
+    assert probe.cell(bound, "k(K)", 0) == probe.cell(exact, "own", 0) == ""
     tokens = record(depth=2, **{"g(tokens)": [5.0, 6.0, 7.0]})
-    assert [probe.at(tokens, "g(tokens)", b) for b in range(3)] == ["5", "6", "7"]
+    assert [probe.cell(tokens, "g(tokens)", b) for b in range(3)] == ["5", "6", "7"]
 
 
-def test_tables_show_five_places_in_a_hundred_columns(capsys):
+def test_tables_show_five_blocks_in_a_hundred_columns(capsys):
     numbers = [float(f"{b}.5e-17") for b in range(1, 13)]
     results = {"one": record(**{"k(K)": [1e15] * 12, "g(W_Q)": numbers}), "two": record(depth=2)}
     probe.print_table("title", probe.GRADIENTS, results)
@@ -365,33 +340,14 @@ def test_tables_show_five_places_in_a_hundred_columns(capsys):
     assert [row[0] for row in rows] == ["one", "0", "1", "4", "8", "12"]
     assert rows[1] == ["0", "1", "1", "1"] and rows[2][2] == "2e-17" and rows[5][2] == "1e-16"
     assert [line.split()[0] for line in lines[9:13]] == ["two", "0", "1", "2"]
-    del results["one"]["medians"]["k(J)"]  # too wide a network
-    probe.print_table("title", probe.GRADIENTS, results)
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[2] == header and len(lines[8]) == 9 and len(lines[12]) == 10
-    del results["two"]["medians"]["k(J)"]
+    for result in results.values():  # of networks that are too wide
+        del result["medians"]["k(J)"]
     probe.print_table("title", probe.GRADIENTS, results)
     assert "k(J)" not in capsys.readouterr().out
 
 
-def test_every_column_and_panel_is_explained(tmp_path, monkeypatch, capsys):
-    """And every column is in a table or panel; gradients come first."""
-    done = run_here(probe.main, ["--explain"], tmp_path, monkeypatch, capsys)
-    assert not done.returncode and not list(tmp_path.iterdir())
-    heads = re.findall(r"^(\S.*): (\S.*)$", done.stdout, re.M)
-    columns = {column for _, names in heads for column in names.split(", ")}
-    assert columns >= {*probe.GRADIENTS, *probe.STATE}
-    titles = " / ".join(title for title, _ in heads)
-    for name in probe.PANELS:
-        assert name.removeprefix("gradient by ") in titles
-    assert max(map(len, done.stdout.splitlines())) <= 100
-    panels = [c for columns in probe.PANELS.values() for c in columns]
-    assert panels[:7] == probe.GRADIENTS[:7] and len(panels) == len(set(panels))
-    assert set(panels) >= {*probe.GRADIENTS, "k(J) half", "1-corr", "own", "k(K)", "k(K+I)"}
-
-
 def test_conclusions_are_about_the_worst_block():
-    """A network that recovers in the middle, as ViT-S did, is not called good."""
+    """A network that recovers after a bad block must not be called good."""
     numbers = {
         "g(W_Q)": [1.0] * 10 + [1e-4, 1.0],
         "g(tokens)": [0.5] + [1.0] * 11 + [3.0],
@@ -402,77 +358,118 @@ def test_conclusions_are_about_the_worst_block():
     with_skips = probe.conclusion("a", record(**numbers))
     without = probe.conclusion("b", record(arm="skipless-default", exact=False, **numbers))
     for text in (with_skips, without):
-        assert "by the tokens varies 6-fold, by W_Q 10000-fold, least in block 11" in text
-        assert "closest after block 9, 1 - correlation 2e-07" in text
-    assert with_skips.startswith("a: ") and "k(K+I) is largest in block 7, 44." in with_skips
-    assert "k(K) is largest in block 5, >=7e+06." in without
+        assert "to the tokens varies 6-fold, with respect to W_Q 10000-fold, smallest in" in text
+        assert "in block 11. Tokens are most alike after block 9, with 1-corr 2e-07." in text
+    assert with_skips.startswith("a: ") and "k(K+I) is largest in block 7: 44." in with_skips
+    assert "k(K) is largest in block 5: >=7e+06." in without
     dead = record(**{"g(W_Q)": [1.0] * 11 + [0.0]})
-    assert "by W_Q >=1e+08-fold, least in block 12" in probe.conclusion("c", dead)
+    assert "W_Q >=1e+08-fold, smallest in block 12" in probe.conclusion("c", dead)
+
+
+# ---- the picture ---------------------------------------------------------------------------------
 
 
 def drawn(results: dict, monkeypatch):
-    """The figure that `draw` saves."""
+    """The figure that `draw` would save."""
     figures = []
     monkeypatch.setattr(pictures, "save_figure", lambda figure, path: figures.append(figure))
     probe.draw(results, "path", "title")
     return figures[0]
 
 
-def looks(artist) -> list[tuple[str, str]]:
-    """(colour, style) of the lines of a panel or legend."""
-    return [(line.get_color(), line.get_linestyle()) for line in artist.get_lines()]
+def lines_of(ax) -> list[tuple]:
+    """(colour, line style, marker) of the lines of a panel or legend, in order."""
+    return [(x.get_color(), x.get_linestyle(), x.get_marker()) for x in ax.get_lines()]
 
 
-def test_the_picture(monkeypatch):
-    """Gradients first; one colour an arm; dashes, and the ends of log axes, said in the figure."""
+BLUE, GREEN = pictures.ARM_COLOURS["residual"], pictures.ARM_COLOURS["skipless-paper"]
+
+
+def test_every_panel_shows_its_columns_against_the_blocks(monkeypatch):
+    """All numbers differ, so no panel, axis or column can stand in for another; nor can the seeds'
+    stand in for the medians."""
+    numbers = record(2)["medians"]
+    for i, (column, values) in enumerate(numbers.items(), start=1):
+        numbers[column] = [0.01 * i + 0.002 * b for b in range(len(values))]
+    seeds = [{column: [9.0] * len(values) for column, values in numbers.items()}]
+    figure = drawn({"a": record(2) | dict(medians=numbers, runs=seeds)}, monkeypatch)
+    panels = {ax.get_title(): ax for ax in figure.axes}
+    assert list(panels) == list(probe.PANELS)
+    assert next(iter(panels)) == "gradient with respect to the tokens"
+    for title, columns in probe.PANELS.items():
+        lines = panels[title].get_lines()
+        expected = columns + (probe.THEORY if columns == ["APJN"] else [])
+        for line, column in zip(lines, expected, strict=True):
+            values = numbers[column]
+            assert list(line.get_ydata()) == pytest.approx(values), (title, column)
+            assert list(line.get_xdata()) == list(range(3 - len(values), 3)), (title, column)
+        assert panels[title].get_yscale() == ("linear" if columns == ["own"] else "log")
+        assert panels[title].get_xscale() == "linear"
+        if len(columns) == 2 and "half" not in columns[1]:  # the title says which is dashed
+            assert title.endswith(columns[1][2:-1].replace("+", " + ") + " (dashed)")
+    shown = {column for columns in probe.PANELS.values() for column in columns}
+    assert shown >= {*probe.GRADIENTS, "k(J) half", "1-corr", "own", "k(K)", "k(K+I)"}
+
+
+def test_the_picture_s_colours_ends_bounds_and_legends(monkeypatch):
+    """One colour per arm. Dashes are the second of two quantities and nothing else; triangles mark
+    lower bounds; theory is points; the axes' ends say that values beyond them are drawn there."""
     tiny = {"g(W_K)": [1e-17, 2.0], "k(K)": [3.0, 1e15], "own": [1e-12, 0.5], "APJN": [1.0, 4.0, 2]}
-    residual = record(2)
+    residual, paper = record(2), record(2, "skipless-paper", **tiny)
     residual["runs"] = [{**residual["medians"], "APJN": [v] * 3} for v in (1e-12, 8.0)]
-    paper = record(2, "skipless-paper", **tiny)
-    del paper["medians"]["k(J)"], paper["medians"]["k(J) half"]  # too wide a network
     figure = drawn({"residual": residual, "skipless-paper": paper}, monkeypatch)
     axes = {ax.get_title(): ax for ax in figure.axes}
-    assert list(axes) == list(probe.PANELS) and next(iter(axes)) == "gradient by the tokens"
-    blue, green = (pictures.ARM_COLOURS[arm] for arm in ("residual", "skipless-paper"))
-    of_W = axes["gradient by W_Q, W_K"]
-    assert looks(of_W) == [(blue, "-"), (blue, "--"), (green, "-"), (green, "--")]
-    of_W_K = of_W.get_lines()[3]
-    assert [*of_W_K.get_xdata(), *of_W_K.get_ydata()] == pytest.approx([1, 2, 1e-8, 2])
-    assert axes["kappa of the attention's K, K + I"].get_lines()[2].get_ydata()[1] == 1e8
-    own = axes["own-token share of the attention"]
-    assert own.get_yscale() == "linear" and own.get_lines()[1].get_ydata()[0] < 1e-11
-    apjn = axes["APJN"]
-    assert apjn.get_yscale() == "log"
-    assert [style for _, style in looks(apjn)] == ["-", "--", ":", "-"]
-    assert apjn.get_lines()[3].get_xydata().tolist() == [[0, 1], [1, 4], [2, 2]]
+    of_W = axes["gradient with respect to W_Q, W_K (dashed)"]
+    solid = [(BLUE, "-", "None"), (GREEN, "-", "None")]
+    assert lines_of(of_W) == [*solid, (BLUE, "--", "None"), (GREEN, "--", "None")]
+    assert list(of_W.get_lines()[3].get_ydata()) == pytest.approx([1e-8, 2])
+    figure.canvas.draw()
+    assert "≤$10^{-8}$" in [text.get_text() for text in of_W.get_yticklabels()]
+    of_K = axes["kappa of the attention's K, K + I (dashed)"]
+    assert "≥$10^{15}$" in [text.get_text() for text in of_K.get_yticklabels()]
+    assert of_K.get_lines()[1].get_marker() == "^" and of_K.get_lines()[1].get_markevery() == [1]
+    assert {line.get_marker() for line in of_K.get_lines()} == {"None", "^"}
+    own = axes["attention of a token to itself"]
+    assert own.get_lines()[1].get_ydata()[0] < 1e-11 and own.get_ylim() == (0, 1)
+    apjn = axes["APJN (theory: dots; scalar form: crosses)"]
+    assert lines_of(apjn) == [*solid, (BLUE, "None", "o"), (BLUE, "None", "x")]
     band = apjn.collections[0].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == pytest.approx((1e-8, 8.0))  # the seeds, within the axis
-    assert looks(axes["kappa of the Jacobian to the output"]) == [(blue, "-"), (blue, "--")]
     top, bottom = figure.legends
-    assert [text.get_text() for text in top.get_texts()] == ["residual", "skipless-paper"]
-    assert looks(top) == [(blue, "-"), (green, "-")]
-    assert top.get_title().get_text() == "title"
-    styles = {h.get_linestyle(): h.get_label() for h in bottom.legend_handles}
-    assert list(styles) == ["-", "--", ":"]
-    assert "W_K" in styles["--"] and "theory" in styles["--"] and "W_Q" in styles["-"]
+    assert [text.get_text() for text in top.get_texts()] == ["residual ", "skipless-paper "]
+    assert lines_of(top) == solid and top.get_title().get_text() == "title"
+    notes = {h.get_label(): h for h in bottom.legend_handles}
+    assert list(notes) == ["at least this value", "range of the seeds"]
+    assert notes["at least this value"].get_marker() == "^"
 
 
-def test_several_depths_are_told_by_paleness_and_names_by_colour(monkeypatch):
+def test_panels_without_numbers_are_left_out_and_bounds_of_wide_networks_marked(monkeypatch):
+    wide = record(2, exact=False)
+    del wide["medians"]["k(J)"], wide["medians"]["k(J) half"]
+    figure = drawn({"residual": wide}, monkeypatch)
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles == [title for title in probe.PANELS if "kappa of J" not in title]
+    assert all(ax.get_lines() for ax in figure.axes)
+    marked = [any(m == "^" for _, _, m in lines_of(ax)) for ax in figure.axes]
+    assert marked == ["k(K)" in probe.PANELS[title] for title in titles]
+
+
+def test_depths_differ_by_paleness_and_runs_by_colour(monkeypatch):
     results = {
         f"{arm}, {depth}": record(depth, arm, f"{depth} blocks")
         for arm in ("residual", "skipless-paper") for depth in (2, 4, 6)
     }  # fmt: skip
-    looks = probe.looks_of(results)
+    looks = probe.network_looks(results)
     for arm in ("residual", "skipless-paper"):
         mine = [looks[f"{arm}, {depth}"] for depth in (2, 4, 6)]
         assert {look["color"] for look in mine} == {pictures.ARM_COLOURS[arm]}
         assert [look["alpha"] for look in mine] == pytest.approx([1 / 3, 2 / 3, 1])
     top = drawn(results, monkeypatch).legends[0]
-    assert [text.get_text() for text in top.get_texts()] == list(results)
+    assert [text.get_text() for text in top.get_texts()] == [r["label"] for r in results.values()]
     assert [line.get_alpha() for line in top.get_lines()] == [x["alpha"] for x in looks.values()]
-    assert looks["residual, 2"]["lw"] > looks["skipless-paper, 2"]["lw"]  # seen where they coincide
+    assert looks["residual, 2"]["lw"] > looks["skipless-paper, 2"]["lw"]  # both show if they meet
     names = ("cls-nano-skipless-paper-soap", "cls-nano-skipless-paper-adamw", "mine")
-    looks = probe.looks_of({name: record(2, name) for name in names})  # two runs of one arm
+    looks = probe.network_looks({name: record(2, name) for name in names})  # two runs of one arm
     assert looks[names[0]]["color"] == pictures.ARM_COLOURS["skipless-paper"]
     assert len({look["color"] for look in looks.values()}) == 3
 
@@ -484,43 +481,43 @@ TINY = "--depths 2 --seeds 2 --images 2 --image-size 16 --patch-size 8".split()
 
 @pytest.fixture
 def titles(monkeypatch):
-    """The titles of the pictures drawn, which are not, to save time."""
+    """The titles of the pictures, which are not drawn, to save time."""
     seen = []
     monkeypatch.setattr(probe, "draw", lambda results, path, title: seen.append(title))
     return seen
 
 
 def probed(flags: list, tmp_path, monkeypatch) -> dict:
-    """What the command with these flags writes to probe.json."""
+    """The probe.json that the command writes with these flags."""
     run_main(probe.main, [*flags, "--out", "o"], tmp_path, monkeypatch)
-    return json.loads((tmp_path / "o/probe.json").read_text())
+    return json.loads((tmp_path / "o/probe.json").read_text())["networks"]
 
 
 def test_a_probe_of_the_default_arms(tmp_path, monkeypatch, capsys):
     saved, out = probed(TINY, tmp_path, monkeypatch), capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 100
-    assert out.index("g(tokens)") < out.index("1-corr") < out.index("residual: over")
-    arms = networks.ARMS
-    assert re.findall(r"^(\S+): over the blocks", out, re.M) == arms
+    assert out.index("g(tokens)") < out.index("1-corr") < out.index("residual: across")
+    arms = ARMS
+    assert re.findall(r"^(\S+): across the blocks", out, re.M) == arms
     with Image.open(tmp_path / "o/probe.png") as image:
         assert image.width > 1000
-    assert list(saved["networks"]) == arms and saved["arguments"]["pool"] == "mean"
+    assert list(saved) == arms
 
     images, labels, _ = draw_shapes([0, 1], 16, "val")
     images, shape = normalise(images), SHAPE | PRESETS["nano"] | dict(depth=2, num_classes=10)
-    for arm, result in saved["networks"].items():
+    for arm, result in saved.items():
         assert len(result["runs"]) == 2 and result["residual"] == (arm == "residual")
         assert result["tokens"] == 4 and result["exact"] and result["depth"] == 2
         assert ("APJN pair" in result["medians"]) == (arm in ("residual", "skipless-default"))
         for seed, run in enumerate(result["runs"]):
             torch.manual_seed(seed)
-            model = networks.fresh_arm(arm, pool="mean", **shape)
+            model = fresh_arm(arm, pool="mean", **shape)
             expected = probe.measure(model, images, labels, "bar")
             if arm in ("residual", "skipless-default"):
                 theory = probe.theory_of(model, model.embed(images.double()))
                 expected |= dict(zip(("APJN pair", "APJN scalar"), theory))
             if seed == 0:
-                expected |= jacobians.progressive_conditioning(model, images[0].double())
+                expected |= probe.conditioning_to_output(model, images[0].double())
             assert set(run) == set(expected)
             for key, values in expected.items():
                 assert run[key] == pytest.approx(values, rel=1e-3, abs=1e-12), key
@@ -532,43 +529,42 @@ def test_a_probe_of_the_default_arms(tmp_path, monkeypatch, capsys):
 
 def test_theory_and_dense_jacobians_are_left_out(tmp_path, monkeypatch, capsys, titles):
     """With a class token; of networks that are too wide."""
-    monkeypatch.setattr(jacobians, "DENSE_LIMIT", 319)
+    monkeypatch.setattr(probe, "DENSE_LIMIT", 319)
     flags = [*TINY, "--pool", "cls", "--variants", "residual", "--seeds", "1"]
-    result = probed(flags, tmp_path, monkeypatch)["networks"]["residual"]
-    assert "without its theory" in (out := capsys.readouterr().out) and "k(J)" not in out
+    result = probed(flags, tmp_path, monkeypatch)["residual"]
+    assert "k(J)" not in capsys.readouterr().out
     assert "APJN pair" not in result["medians"] and result["tokens"] == 5
     assert "k(J)" not in result["medians"] and not result["exact"]
-    title = "nano at initialisation: 5 tokens, 2 images of Shapes; log axes end at 1e-08"
-    assert title in titles[0]
+    assert titles == ["nano at initialisation: 5 tokens, 2 images of Shapes"]
 
 
 def test_several_depths_and_a_position_embedding(tmp_path, monkeypatch, titles):
     flags = [*TINY, "--depths", "1", "3", "--variants", "residual", "--pos-embed-std", "4"]
-    saved = probed([*flags, "--images", "1"], tmp_path, monkeypatch)["networks"]
+    saved = probed([*flags, "--images", "1"], tmp_path, monkeypatch)
     assert [saved[f"residual, {L} blocks"]["depth"] for L in (1, 3)] == [1, 3]
     # positions outweigh what all patches have in common
     assert saved["residual, 3 blocks"]["medians"]["1-corr"][0] > 0.9
-    assert "median of 2 seeds" in titles[0]
+    assert titles[0].endswith(", median of 2 seeds")
 
 
 def a_checkpoint(folder, seed: int = 0, **changed) -> dict:
-    """Saved as a trainer does, of a network with other weights than it was born with."""
+    """Saved as a trainer does; the weights differ from those before training."""
     torch.manual_seed(seed)
-    model = networks.fresh_arm("skipless-paper", 0.7, 1.0, 3.0, pool="mean", **SHAPE | changed)
+    model = fresh_arm("skipless-paper", 0.7, 1.0, 3.0, pool="mean", **SHAPE | changed)
     args = dict(seed=seed, init="paper", alpha=0.7, beta=1.0, c=3.0)
     born = {name: p.clone() for name, p in model.state_dict().items()}
     weights = {name: 1.5 * p for name, p in born.items()}
     content = dict(script="train_cls", model_config=model.config, model=weights, args=args)
     content |= dict(classes=[], epoch=1, **OTHER_PARTS)
     folder.mkdir(parents=True)
-    files.save_checkpoint(folder / "last.pt", content)
+    save_checkpoint(folder / "last.pt", content)
     return {"before training": born, "trained": weights, "config": model.config}
 
 
 def test_trained_networks_are_probed_from_their_files(image_root, tmp_path, monkeypatch, titles):
     kept = {name: a_checkpoint(tmp_path / name, seed) for seed, name in ((0, "residual"), (1, "b"))}
     flags = ["--checkpoint", "residual/last.pt", "b/last.pt", "--before", "--images", "2"]
-    saved = probed([*flags, "--data", image_root], tmp_path, monkeypatch)["networks"]
+    saved = probed([*flags, "--data", image_root], tmp_path, monkeypatch)
     assert list(saved) == [f"{n}, {w}" for n in kept for w in ("before training", "trained")]
     folder, (_, transform) = image_folder(image_root, "val"), augmentations(16, drawn=False)
     pairs = [folder[i] for i in (0, 15)]  # of 30, spread over the classes
@@ -584,6 +580,7 @@ def test_trained_networks_are_probed_from_their_files(image_root, tmp_path, monk
         assert len(result["runs"]) == 1 and "APJN pair" not in numbers
         for key in ("g(W_Q)", "own"):
             assert numbers[key] == pytest.approx(expected[key])
+    assert [r["label"] for r in saved.values()] == list(saved)  # nothing here can be shortened
     assert titles[0].startswith("trained networks: 4 tokens, 2 images of ")
 
 
@@ -591,7 +588,7 @@ def test_a_backbone_without_a_head_is_probed(tmp_path, monkeypatch, titles):
     """Its pooled feature, of as many numbers as the width, stands in for the logits."""
     kept = a_checkpoint(tmp_path / "run", num_classes=0, dim=6)
     flags = ["--checkpoint", "run/last.pt", "--images", "14"]
-    result = probed(flags, tmp_path, monkeypatch)["networks"]["run"]["medians"]
+    result = probed(flags, tmp_path, monkeypatch)["run"]["medians"]
     model = ViT(**kept["config"]).double()
     model.load_state_dict(kept["trained"])
     images, labels, _ = draw_shapes(list(range(14)), 16, "val")
@@ -600,12 +597,22 @@ def test_a_backbone_without_a_head_is_probed(tmp_path, monkeypatch, titles):
     assert result["g(fc2)"] == pytest.approx(expected)
 
 
-def test_checkpoints_in_folders_of_one_name_keep_apart(tmp_path, monkeypatch, titles):
-    """And labels beyond a network's classes are wrapped: five classes, Shapes has ten."""
-    for place in ("x", "y"):
-        a_checkpoint(tmp_path / place / "run")
-    flags = ["--checkpoint", "x/run/last.pt", "y/run/last.pt", "--images", "7"]
-    assert list(probed(flags, tmp_path, monkeypatch)["networks"]) == ["run", "y/run/last.pt"]
+def test_names_of_trained_networks(tmp_path, monkeypatch, titles):
+    """Folders of the same name stay different networks; the legend shows what differs. Labels
+    beyond a network's classes are wrapped: five classes, Shapes has ten."""
+    for name in ("x/nano-a-soap", "y/nano-a-soap", "y/nano-b-soap"):
+        a_checkpoint(tmp_path / name)
+
+    def labels(*names: str) -> dict[str, str]:
+        flags = ["--checkpoint", *(f"{name}/last.pt" for name in names), "--images", "7"]
+        saved = probed(flags, tmp_path, monkeypatch)
+        return {name: result["label"] for name, result in saved.items()}
+
+    alike = labels("x/nano-a-soap", "y/nano-a-soap")
+    assert list(alike) == ["nano-a-soap", "y/nano-a-soap/last.pt"]
+    assert len(set(alike.values())) == 2
+    different = labels("x/nano-a-soap", "y/nano-b-soap")
+    assert different == {"nano-a-soap": "a", "nano-b-soap": "b"}
 
 
 BAD_FLAGS = {

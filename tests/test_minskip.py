@@ -18,7 +18,7 @@ from minskip import (
     query_key_projections,
     value_output_projections,
 )
-from shapes import draw_shapes
+from support.shapes import draw_shapes
 
 TINY = dict(image_size=16, patch_size=8, num_classes=5, dim=24, depth=3, num_heads=3)
 
@@ -28,7 +28,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def attention_with(W_Q, W_K, W_V, W_O, heads: int) -> Attention:
-    """Our attention layer with given float64 weights of y = x W, no biases."""
+    """Our attention layer in float64 with these weights of y = x W, and no biases."""
     attention = Attention(len(W_Q), heads).double()
     with torch.no_grad():
         for name, W in dict(W_Q=W_Q, W_K=W_K, W_V=W_V, W_O=W_O).items():
@@ -51,16 +51,16 @@ def random_projections(d: int, seed: int = 0):
 # ---- the init's formulas -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [48, 192])
-def test_value_output_product_has_condition_number_one(width):
-    W_V, W_O = value_output_projections(width, c=3.0, generator=seeded())
+@pytest.mark.parametrize("width, c", [(48, 3.0), (192, 0.7)])
+def test_value_output_product_has_condition_number_one(width, c):
+    W_V, W_O = value_output_projections(width, c, generator=seeded())
     singular = torch.linalg.svdvals(W_V @ W_O)
-    assert torch.allclose(singular, torch.full_like(singular, 9.0), rtol=1e-5)
+    torch.testing.assert_close(singular, torch.full_like(singular, c**2), rtol=1e-5, atol=0)
 
 
 def test_one_head_recovers_alpha_z_plus_beta_i_whole():
     """With one head nothing is truncated, so Z can be read back: it must be N(0, 1/d)."""
-    d, alpha, beta = 256, 2.0, 0.6
+    d, alpha, beta = 256, 1.7, 0.9
     W_Q, W_K = query_key_projections(d, 1, alpha, beta, generator=seeded())
     Z = (W_Q.double() @ W_K.double().T - beta * torch.eye(d)) / alpha
     assert abs(Z.mean()) < 5 / d / math.sqrt(d)
@@ -70,7 +70,7 @@ def test_one_head_recovers_alpha_z_plus_beta_i_whole():
 
 
 def test_heads_have_the_law_of_a_dense_svd_per_head():
-    """Rotating one SVD equals, in law, the plain reading: a fresh Z and a dense SVD per head."""
+    """Rotating one SVD is, in law, the same as the plain way: a fresh Z and SVD for each head."""
     d, heads, alpha, beta = 96, 3, 1.0, 1.0
     d_h = d // heads
     plain, ours = [], []
@@ -84,7 +84,7 @@ def test_heads_have_the_law_of_a_dense_svd_per_head():
             columns = slice(h * d_h, (h + 1) * d_h)
             ours.append(W_Q[:, columns] @ W_K[:, columns].T)
     plain, ours = torch.stack(plain), torch.stack(ours)
-    # top singular values, share of the identity, size and symmetry of the rest
+    # top singular values, weight of the identity, size and symmetry of the rest
     for statistic in (
         lambda B: torch.linalg.svdvals(B)[:, :d_h].mean(0),
         lambda B: B.diagonal(dim1=-2, dim2=-1).mean().reshape(1),
@@ -92,7 +92,7 @@ def test_heads_have_the_law_of_a_dense_svd_per_head():
         lambda B: (B * B.mT).sum((-2, -1)).mean().reshape(1),
     ):
         assert torch.allclose(statistic(ours), statistic(plain), rtol=0.03)
-    # and the heads of a layer do not share their singular vectors
+    # and the heads of a layer have different singular vectors
     a, b = (torch.linalg.svd(ours[h])[0][:, :d_h] for h in (0, 1))
     overlap = (a.T @ b).pow(2).mean() * d
     assert overlap == pytest.approx(1, abs=0.15)
@@ -106,37 +106,60 @@ def test_query_and_key_share_the_singular_values_evenly():
         assert torch.allclose(q.T @ q, torch.diag((q.T @ q).diagonal()), atol=1e-5)
 
 
-def test_mlp_weights_are_scale_corrected_orthogonal():
-    up = orthogonal_mlp_weight(48, 192, generator=seeded()).double()
-    down = orthogonal_mlp_weight(192, 48, generator=seeded()).double()
-    assert torch.allclose(up @ up.T, 4 * torch.eye(48).double(), atol=1e-5)
-    assert torch.allclose(down.T @ down, torch.eye(48).double(), atol=1e-5)
-
-
-def test_init_is_deterministic_and_respects_dtype():
-    a, b = ViT(**TINY, residual=False), ViT(**TINY, residual=False).to(torch.bfloat16)
-    conditioned_init_(a, generator=seeded(7))
-    conditioned_init_(b, generator=seeded(7))
-    wa, wb = a.blocks[1].attention.W_Q.weight, b.blocks[1].attention.W_Q.weight
-    assert wb.dtype == torch.bfloat16
-    assert torch.equal(wa.bfloat16(), wb)
-    assert not a.blocks[0].attention.W_Q.weight.equal(a.blocks[1].attention.W_Q.weight)
-    for linear in (m for m in a.blocks.modules() if isinstance(m, nn.Linear)):
+def test_the_init_puts_every_weight_into_every_block():
+    """W_V W_O is c^2 orthogonal, W_Q W_K^T alpha Z + beta I, fc1 2 x and fc2 1 x orthogonal."""
+    alpha, beta, c, d = 0.01, 1.3, 1.7, 24
+    model = ViT(**TINY | dict(num_heads=1), residual=False)
+    before = {k: x.clone() for k, x in model.state_dict().items()}
+    for linear in (m for m in model.blocks.modules() if isinstance(m, nn.Linear)):
         nn.init.ones_(linear.bias)
-    conditioned_init_(a)
-    assert all(m.bias.abs().max() == 0 for m in a.blocks.modules() if isinstance(m, nn.Linear))
-    mlp = a.blocks[2].mlp  # fc1 up, fc2 down, W_V and W_O not exchanged
-    assert torch.allclose(mlp.fc1.weight.T @ mlp.fc1.weight, 4 * torch.eye(24), atol=1e-4)
-    assert torch.allclose(mlp.fc2.weight @ mlp.fc2.weight.T, torch.eye(24), atol=1e-4)
-    product = a.blocks[2].attention.W_O.weight @ a.blocks[2].attention.W_V.weight
-    assert torch.allclose(torch.linalg.svdvals(product), torch.full((24,), 9.0), atol=1e-3)
+    conditioned_init_(model, alpha, beta, c, seeded())
+    eye, close = torch.eye(d), dict(atol=1e-4, rtol=0)
+    for block in model.blocks:
+        a, mlp = block.attention, block.mlp
+        W_V_W_O, W_Q_W_K = a.W_V.weight.T @ a.W_O.weight.T, a.W_Q.weight.T @ a.W_K.weight
+        torch.testing.assert_close(W_V_W_O @ W_V_W_O.T, c**4 * eye, **close)
+        torch.testing.assert_close(a.W_V.weight @ a.W_V.weight.T, c**2 * eye, **close)
+        torch.testing.assert_close(W_Q_W_K, beta * eye, atol=0.02, rtol=0)
+        assert (W_Q_W_K - beta * eye).std().item() == pytest.approx(alpha / d**0.5, rel=0.1)
+        torch.testing.assert_close(mlp.fc1.weight.T @ mlp.fc1.weight, 4 * eye, **close)
+        torch.testing.assert_close(mlp.fc2.weight @ mlp.fc2.weight.T, eye, **close)
+    for name, x in model.state_dict().items():  # biases are zero, and the rest is left alone
+        if "norm" in name or "blocks" not in name:
+            assert torch.equal(x, before[name]), name
+        elif name.endswith("bias"):
+            assert x.abs().max() == 0, name
+
+
+def test_all_weights_are_drawn_by_the_generator_and_keep_their_dtype():
+    """Whatever torch's global generator does; bf16 weights are the float32 ones, rounded."""
+    nets = [ViT(**TINY) for _ in range(4)]
+    nets[1].bfloat16()
+    for net, seed in zip(nets, (7, 7, 7, 8)):
+        torch.rand(1)  # moves the global generator
+        conditioned_init_(net, generator=seeded(seed))
+    first, rounded, again, other = (dict(net.blocks.named_parameters()) for net in nets)
+    for name in (name for name in first if name.endswith("weight") and "norm" not in name):
+        assert torch.equal(first[name], again[name]), name
+        assert torch.equal(first[name].bfloat16(), rounded[name]), name
+        assert not torch.equal(first[name], other[name]), name
+        assert not torch.equal(first[name], first[f"{(int(name[0]) + 1) % 3}{name[1:]}"]), name
+    W_Q = first["0.attention.W_Q.weight"]  # one head's columns are orthogonal, two heads' are not
+    assert (W_Q @ W_Q.T)[:8, 8:].abs().max() > 0.1
 
 
 @pytest.mark.parametrize(
-    "constants", [dict(c=0.0), dict(alpha=-1.0), dict(alpha=0.0, beta=0.0), dict(beta=math.nan)]
+    "constants",
+    [
+        dict(c=0.0),
+        dict(alpha=-1.0),
+        dict(alpha=0.0, beta=0.0),
+        dict(beta=math.nan),
+        dict(c=math.inf),
+    ],
 )
 def test_init_refuses_impossible_constants(constants):
-    with pytest.raises(ValueError, match=r"alpha|beta|c "):
+    with pytest.raises(ValueError, match="c must be positive, alpha and beta"):
         conditioned_init_(ViT(**TINY), **constants)
 
 
@@ -180,21 +203,11 @@ def test_a_skip_lifts_the_lost_directions_to_one():
     assert singular.min().item() == pytest.approx(min(expected.min().item(), 1), rel=1e-9)
 
 
-def test_layernorm_loses_two_directions_a_token():
-    d = 32
-    x = torch.randn(1, d, generator=seeded(), dtype=torch.float64) * 3 + 1
-    norm = nn.LayerNorm(d, eps=0.0).double()
-    singular = torch.linalg.svdvals(autograd_jacobian(norm, x))
-    sd = x.std(correction=0)
-    assert (singular[: d - 2] - 1 / sd).abs().max() < 1e-10
-    assert singular[d - 2 :].max() < 1e-10
-
-
 # ---- tokens at initialisation --------------------------------------------------------------------
 
 
 def correlation(x: torch.Tensor) -> float:
-    """Mean cosine between two different tokens, (n, d)."""
+    """Mean cosine between two different tokens, for (n, d)."""
     x = nn.functional.normalize(x, dim=-1)
     n = len(x)
     return ((x @ x.T).sum().item() - n) / (n * (n - 1))
@@ -212,39 +225,23 @@ def test_gelu_alone_correlates_independent_tokens():
         assert correlation(mlp(x)) == pytest.approx(0.18714, abs=0.03)
 
 
-def test_default_logits_are_small():
-    """Their standard deviation is d std^2 before the division by sqrt(d_h): uniform attention."""
-    d, std = 384, 0.02
-    torch.manual_seed(0)
-    attention = Attention(d, 1)
-    for W in (attention.W_Q, attention.W_K):
-        nn.init.normal_(W.weight, std=std)
-        nn.init.zeros_(W.bias)
-    x = torch.randn(256, d)
-    with torch.no_grad():
-        logits = attention.W_Q(x) @ attention.W_K(x).T / math.sqrt(d)
-    assert logits.std().item() == pytest.approx(d * std**2, rel=0.05)
-
-
-def test_one_default_attention_layer_leaves_no_token_differences():
-    """1 - correlation falls to about s^2 (1 + n/d), s = d std^2: the reason --init exists."""
+def test_default_attention_is_uniform_and_leaves_no_token_differences():
+    """The logits q k^T / sqrt(d_h) have the standard deviation s = d std^2, and one layer makes
+    1 - correlation about s^2 (1 + n/d): the reason why there are other inits."""
     n, d, std = 64, 384, 0.02
     torch.manual_seed(0)
-    attention = Attention(d, 1)
-    for W in (attention.W_Q, attention.W_K, attention.W_V, attention.W_O):
-        nn.init.normal_(W.weight, std=std)
-        nn.init.zeros_(W.bias)
-    with torch.no_grad():
-        lost = [1 - correlation(attention(torch.randn(1, n, d))[0]) for _ in range(10)]
+    attention = ViT(16, 8, dim=d, depth=1, num_heads=1).blocks[0].attention
     s = d * std**2
+    with torch.no_grad():
+        x = torch.randn(4 * n, d)
+        logits = attention.W_Q(x) @ attention.W_K(x).T / math.sqrt(d)
+        assert logits.std().item() == pytest.approx(s, rel=0.05)
+        lost = [1 - correlation(attention(torch.randn(1, n, d))[0]) for _ in range(10)]
     assert sum(lost) / 10 == pytest.approx(s**2 * (1 + n / d), rel=0.2)
 
 
-def test_default_init_loses_the_tokens_at_once_and_the_conditioned_one_later():
-    """Two blocks suffice for the default init; the published constants lose them before block 12.
-
-    That they do not last longer is a fact about them, and shown here as one.
-    """
+def test_tokens_become_alike_at_once_by_the_default_init_and_later_by_the_paper_s():
+    """After two blocks; with the published constants before block 12, at this small size."""
     images, _, _ = draw_shapes([0], 32, "train")
     after = {}
     for init in ("default", "conditioned"):
@@ -263,6 +260,15 @@ def test_default_init_loses_the_tokens_at_once_and_the_conditioned_one_later():
 # ---- the model -----------------------------------------------------------------------------------
 
 
+def test_sizes_are_the_published_ones():
+    """Table 1 of Dosovitskiy et al. 2021, and of Touvron et al. 2021 for tiny and small."""
+    sizes = {name: tuple(PRESETS[name].values()) for name in ("tiny", "small", "base", "large")}
+    assert [*PRESETS["base"]] == ["dim", "depth", "num_heads"]
+    assert sizes == dict(
+        tiny=(192, 12, 3), small=(384, 12, 6), base=(768, 12, 12), large=(1024, 24, 16)
+    )
+
+
 @pytest.mark.parametrize("preset, name", [("tiny", "vit_tiny"), ("small", "vit_small")])
 def test_residual_vit_equals_timm(preset, name):
     timm = pytest.importorskip("timm")
@@ -270,7 +276,7 @@ def test_residual_vit_equals_timm(preset, name):
     ours = ViT(224, 16, 1000, **PRESETS[preset]).eval()
     weights = {}
     with torch.no_grad():
-        for p in theirs.parameters():  # timm's zero biases and unit norms would hide mistakes
+        for p in theirs.parameters():  # zero biases and equal norms would hide mistakes
             p.add_(0.02 * torch.randn_like(p))
     for name, value in theirs.state_dict().items():
         if ".attn.qkv." in name:
@@ -286,11 +292,13 @@ def test_residual_vit_equals_timm(preset, name):
 
 
 def test_the_skip_is_the_only_difference():
-    """With skips x + f(x), twice; without them f(x), of the very same sub-blocks."""
+    """With skips x + f(x), twice; without them f(x), with the same sub-blocks and norms."""
     torch.manual_seed(0)
     x = torch.randn(2, 4, 24)
     for skip in (0, 1):
         block = Block(24, 3, 4.0, residual=bool(skip))
+        for p in block.parameters():
+            p.data.add_(0.1 * torch.randn_like(p))  # equal norms could be exchanged unnoticed
         y = skip * x + block.attention(block.norm1(x))
         y = skip * y + block.mlp(block.norm2(y))
         assert torch.equal(block(x), y)
@@ -340,7 +348,7 @@ def test_pooling_and_other_image_sizes(pool, tokens):
 
 
 def test_pos_embed_is_resized_like_dinos():
-    """Bicubic without antialiasing; the class token's stays; in bf16 too."""
+    """Bicubic, without antialiasing; the class token keeps its own. In bf16 too."""
     model = ViT(32, 8, 5, dim=24, depth=1, num_heads=3, pos_embed_std=1.0)
     resized = model.interpolate_pos_embed(6, 3)
     assert torch.equal(resized[:, 0], model.pos_embed[:, 0])
@@ -354,7 +362,7 @@ def test_pos_embed_is_resized_like_dinos():
 
 
 def test_the_default_init_has_the_standard_deviations_asked_for():
-    """Not 12 % less, as a truncation at two of them would give."""
+    """Not 12 % less, as after a truncation at two of them."""
     model = ViT(64, 4, 500, dim=96, depth=1, num_heads=3, pos_embed_std=1.0)
     assert model.pos_embed.std().item() == pytest.approx(1, rel=0.02)
     assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.02)
@@ -412,7 +420,7 @@ def test_sizes_that_do_not_fit_are_refused(bad, words):
     ],
 )
 def test_each_function_works_when_copied_alone(function, arguments, shape):
-    """Its text and `import math, torch`, in an empty file."""
+    """Its text below `import math, torch`, in an empty file."""
     names = {}
     exec("import math, torch\n\n" + inspect.getsource(function), names)
     torch.manual_seed(0)
@@ -426,7 +434,7 @@ def test_each_function_works_when_copied_alone(function, arguments, shape):
 
 @pytest.mark.parametrize("residual, dtype", [(True, torch.float32), (False, torch.bfloat16)])
 def test_under_bf16_a_skip_keeps_tokens_in_float32(residual, dtype):
-    """As the README's limits say: the two are then compared at different precision."""
+    """The README names this limit: the two networks are then compared at different precision."""
     model = ViT(16, 8, dim=32, depth=2, num_heads=2, num_classes=3, residual=residual)
     with torch.autocast("cpu", torch.bfloat16):
         tokens = model.forward_features(torch.randn(2, 3, 16, 16), [0, 1, 2])

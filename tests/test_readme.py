@@ -1,7 +1,6 @@
 """What README and docstrings print is run: every command, every snippet; what they name exists."""
 
 import ast
-import copy
 import json
 import os
 import re
@@ -15,14 +14,11 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, TWO_PROCESSES, run_script, script_environment
 from PIL import Image
-from torch import nn
-
-from minskip import Block
-from soap import SOAP
 
 README = (ROOT / "README.md").read_text()
-PAGES = [README, (ROOT / "results/README.md").read_text()]
-FOLDERS = [ROOT, ROOT / "demos", ROOT / "experiments", ROOT / "benchmarks"]
+PLACES = [ROOT / "README.md", ROOT / "results/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [page.read_text() for page in PLACES]
+FOLDERS = [ROOT, ROOT / "lessons", ROOT / "experiments"]
 SCRIPTS = [path for folder in FOLDERS for path in sorted(folder.glob("*.py"))]
 
 # ---- commands ------------------------------------------------------------------------------------
@@ -51,20 +47,22 @@ SHORT = {
     "jacobian_probe.py": "--depths 2 --seeds 1 --images 2 --image-size 16 --patch-size 8 --model "
     "nano --out {out}",
     "eval_dense.py": "--image-size 24 --out {out}",
-    "gradient_flow.py": "--seeds 2 --out {out}",
-    "exercises.py": "--seeds 1",
-    "apjn.py": "--seeds 1 --depth 16 --out {out}",
-    "convergence.py": "--seeds 1 --limit 50 --out {out}",
+    "1_gradient_flow.py": "--seeds 2 --out {out}",
+    "2_exercises.py": "--seeds 1 --out {out}",
+    "3_why_attention_needs_a_skip.py": "--seeds 1 --out {out}",
+    "4_alpha_beta_c.py": "--seeds 1 --out {out}",
+    "5_gradients_by_depth.py": "--seeds 1 --out {out}",
+    "6_speed_of_descent.py": "--seeds 1 --out {out}",
+    "draw_readme.py": "--out {out}",
     "sweep.py": "--classes 2 --arms residual --depths 1 --opts adamw --rates 1e-3 --seeds 0 "
     "--epochs 1 --tune-epochs 1 --work {out}",
     "gpu.py": "--device cpu --patience 1 --out {out}",
-    "soap_speed.py": "--model nano --tens 2 --device cpu",
-    "init_speed.py": "--models nano --repeats 1",
-    "dino_speed.py": "--model nano --batch-size 1 --repeats 2 --device cpu",
-    "loading_speed.py": "--images 8 --repeats 2 --workers 0",
-    "checkpoint_speed.py": "--model nano --repeats 2 --folder {out}",
-    "kappa_speed.py": "--repeats 2 --tokens 20",
-    "step_speed.py": "--models tiny --steps 2 --warmup 1 --batch-size 2 --image-size 32 "
+    "speed_soap.py": "--model nano --tens 2 --device cpu",
+    "speed_init.py": "--models nano --repeats 1",
+    "speed_dino.py": "--model nano --batch-size 1 --repeats 2 --device cpu",
+    "speed_loading.py": "--images 8 --repeats 2 --workers 0",
+    "speed_checkpoint.py": "--model nano --repeats 2 --folder {out}",
+    "speed_step.py": "--models tiny --steps 2 --warmup 1 --batch-size 2 --image-size 32 "
     "--device cpu",
     "pytest": "--collect-only -q -n 0 tests/test_files.py",
 }
@@ -90,7 +88,7 @@ def shortened(command: str) -> list[str]:
         words = ["python", *TWO_PROCESSES, *[word for word in words[1:] if "--n" not in word]]
     name = next(w for w in words if w.endswith(".py") or w == "pytest")
     short = SHORT[name.split("/")[-1]].split()
-    if {"--resume", "--eval", "--explain", "--help", "--table"} & set(words):
+    if {"--resume", "--eval", "--help", "--table"} & set(words):
         short = []
     elif "--checkpoint" in words:  # which brings its own settings
         short = ["--images", "2", "--out", "{out}"]
@@ -168,7 +166,7 @@ def test_printed_commands_run_from_the_root(command, things, tmp_path):
 
 
 def test_every_file_named_in_the_pages_exists():
-    for page, folder in zip(PAGES, (ROOT, ROOT / "results")):
+    for page, folder in zip(PAGES, (page.parent for page in PLACES)):
         for name in re.findall(r"`((?:\w+/)*\w+\.(?:py|txt|png|md))`", page):
             if name not in ("curves.png",):
                 assert (ROOT / name).exists(), name
@@ -205,62 +203,22 @@ def test_the_slurm_script_starts_a_run_and_then_goes_on_with_it(tmp_path):
     assert submitted() == f"--data /imagenet --compile --resume {run}/last.pt"
 
 
-# ---- the snippet ---------------------------------------------------------------------------------
-
-WIDTH, HEADS, DEPTH = 48, 3, 2
+# ---- the snippet for one image -------------------------------------------------------------------
 
 
-def snippet() -> dict:
-    """Names defined by the README's block of Python on copying the init."""
-    [block] = re.findall(r"```python\n(.*?)```", README, re.S)
+def test_the_readmes_snippet_shows_a_trained_network_one_image(things, capsys):
+    """And gives the tokens after the last block, from which the logits come."""
+    [block] = [x for x in re.findall(r"```python\n(.*?)```", README, re.S) if "trained_vit" in x]
     names = {}
-    exec(block, names)
-    return names
-
-
-def as_our_block(theirs) -> Block:
-    """A `minskip.Block` with the weights of timm's."""
-    block = Block(WIDTH, HEADS, 4.0, residual=False).eval()
-    a, b = block.attention, theirs.attn
-    with torch.no_grad():
-        for ours, W, bias in zip((a.W_Q, a.W_K, a.W_V), b.qkv.weight.chunk(3), b.qkv.bias.chunk(3)):
-            ours.weight.copy_(W)
-            ours.bias.copy_(bias)
-        a.W_O.load_state_dict(b.proj.state_dict())
-        block.mlp.fc1.load_state_dict(theirs.mlp.fc1.state_dict())
-        block.mlp.fc2.load_state_dict(theirs.mlp.fc2.state_dict())
-    return block
-
-
-def test_the_snippet_makes_a_timm_vit_skipless():
-    """The weights are conditioned, the skip is gone, their block computes what ours does; and it
-    trains."""
-    timm = pytest.importorskip("timm")
-    vit = timm.models.VisionTransformer(
-        img_size=32, patch_size=16, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, num_classes=5
+    exec(
+        block.replace("RUN/last.pt", str(things["run"])).replace(
+            "street.png", str(things["street"])
+        ),
+        names,
     )
-    snippet()["skipless_timm_"](vit)
-    theirs = vit.eval().blocks[1]
-    ours = as_our_block(theirs)
-    product = ours.attention.W_O.weight @ ours.attention.W_V.weight
-    assert torch.allclose(torch.linalg.svdvals(product), torch.full((WIDTH,), 9.0), rtol=1e-4)
-    up = ours.mlp.fc1.weight
-    assert torch.allclose(up.T @ up, 4 * torch.eye(WIDTH), atol=1e-4)
-    q, k = (W.weight.T[:, :16] for W in (ours.attention.W_Q, ours.attention.W_K))
-    assert (q @ k.T).diagonal().mean() > 0.1  # beta I is in it
-    x = torch.randn(2, 7, WIDTH)
-    twin = copy.deepcopy(theirs)  # as an averaged model or a teacher is made
-    with torch.no_grad():
-        assert torch.allclose(theirs(x), ours(x), atol=1e-4)
-        for p in twin.parameters():
-            p.zero_()
-        assert twin(x).abs().max() == 0
-    optimizer = SOAP(vit.parameters(), lr=1e-3)
-    images, labels, losses = torch.randn(5, 3, 32, 32), torch.arange(5), []
-    for _ in range(20):
-        loss = nn.functional.cross_entropy(vit(images), labels)
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert losses[-1] < 0.5 * losses[0]
+    label, probability = capsys.readouterr().out.split()
+    probabilities, model = names["probabilities"], names["model"]
+    assert label == f"class{probabilities.argmax()}" and 0.2 < float(probability) < 1
+    assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
+    assert names["tokens"].shape == (1, 4 + (model.cls_token is not None), 64)
+    assert torch.equal(model.classify(names["tokens"]).softmax(-1)[0], probabilities)

@@ -1,25 +1,16 @@
 """Images with masks or boxes: what is read off the files, and what is refused in one line."""
 
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_fails_in_one_line
 from PIL import Image
 
-import scenes
-from cli import one_line_errors
-from data import open_rgb
-from shapes import draw_shapes
-
-
-def refused(capsys, function, *args) -> subprocess.CompletedProcess:
-    """What a call that ends the program leaves, as `assert_fails_in_one_line` reads it."""
-    with pytest.raises(SystemExit) as ended, one_line_errors("-"):
-        function(*args)
-    return subprocess.CompletedProcess([], ended.value.code, *capsys.readouterr())
+from support import scenes
+from support.data import open_rgb
+from support.errors import UserError
+from support.shapes import draw_shapes
 
 
 def of_masks(*masks) -> scenes.Scenes:
@@ -56,24 +47,17 @@ def test_a_folder_is_read_in_order_each_image_with_its_mask(root):
         assert mask.dtype == torch.uint8 and np.array_equal(mask, ids)
 
 
-def test_an_image_that_its_tag_turns_has_the_size_it_is_looked_at_in(root, capsys):
+def test_an_image_that_its_exif_tag_turns_has_the_size_it_is_seen_in(root):
     """As a telephone's: stored lying, 6 wide and 4 high."""
-    path, tag = root / "train/images/1.png", Image.Exif()
+    path, mask, tag = root / "train/images/1.png", root / "train/masks/1.png", Image.Exif()
     tag[0x0112] = 6
     Image.open(path).save(path, exif=tag)
-    done = refused(capsys, scenes.folder_scenes, root, "train", True)
-    assert_fails_in_one_line(done, r"of \(4, 6\), its image of \(6, 4\)")  # the mask, not turned
-    Image.open(root / "train/masks/1.png").rotate(-90, expand=True).save(root / "train/masks/1.png")
+    with pytest.raises(UserError, match=r"is \(4, 6\), its image \(6, 4\)"):  # not turned
+        scenes.folder_scenes(root, "train", True)
+    Image.open(mask).rotate(-90, expand=True).save(mask)
     found = scenes.folder_scenes(root, "train", True)
     assert found.sizes == [(5, 7), (6, 4)]
     assert found.image(1).shape == (3, 6, 4) and found.masks[1].shape == (6, 4)
-
-
-def test_masks_are_optional_only_where_nobody_needs_them(root, capsys):
-    shutil.rmtree(root / "train/masks")
-    assert scenes.folder_scenes(root, "train", with_masks=False).masks is None
-    done = refused(capsys, scenes.folder_scenes, root, "train", True)
-    assert_fails_in_one_line(done, "no folder .*train/masks; expected ROOT/train/images")
 
 
 @pytest.mark.parametrize("mode", ["P", "I;16", "1"])
@@ -90,7 +74,7 @@ def test_ids_of_other_kinds_of_masks(mode, tmp_path):
 
 
 def test_synthetic_scenes_are_the_drawn_shapes_with_their_masks():
-    found = scenes.synthetic_scenes(103, "val", 9)  # more than one part
+    found = scenes.synthetic_scenes(103, "val", 9)  # more than are drawn at once
     images, _, masks = draw_shapes([0, 57, 102], 9, "val")
     assert len(found.names) == 103 == len(set(found.names)) and found.sizes == [(9, 9)] * 103
     for i, number in enumerate((0, 57, 102)):
@@ -98,42 +82,39 @@ def test_synthetic_scenes_are_the_drawn_shapes_with_their_masks():
         assert torch.equal(found.masks[number], masks[i])
 
 
-BAD_MASKS = {
-    "size": (np.zeros((4, 5), np.uint8), r"of \(4, 5\), its image of \(4, 6\)"),
-    "turned": (np.zeros((6, 4), np.uint8), r"of \(6, 4\), its image of \(4, 6\)"),
-    "colours": (np.zeros((4, 6, 3), np.uint8), "RGB, not one channel"),
-    "fractions": (np.full((4, 6), 0.5, np.float32), "F, not one channel of integers"),
-    "negative": (np.full((4, 6), -1, np.int32), "I, not one channel of integers >= 0"),
-}
-
-
-@pytest.mark.parametrize("what", BAD_MASKS)
-def test_bad_masks_end_in_one_line(what, tmp_path, capsys):
-    path, (ids, expected) = tmp_path / "1.png", BAD_MASKS[what]
+@pytest.mark.parametrize("ids, message", [
+    (np.zeros((4, 5), np.uint8), r"is \(4, 5\), its image \(4, 6\) pixels"),
+    (np.zeros((4, 6, 3), np.uint8), "is RGB; save class ids as one channel"),
+    (np.full((4, 6), 0.5, np.float32), "is F; save class ids as one channel of integers"),
+    (np.full((4, 6), -1, np.int32), "is I; save class ids as one channel of integers >= 0"),
+])  # fmt: skip
+def test_bad_masks_are_refused(ids, message, tmp_path):
+    path = tmp_path / "1.png"
     Image.fromarray(ids).save(path, format="TIFF")  # PNG holds neither fractions nor a sign
-    done = refused(capsys, scenes.read_mask, path, (4, 6))
-    assert_fails_in_one_line(done, f"mask {path} is {expected}")
+    with pytest.raises(UserError, match=f"mask {path} {message}"):
+        scenes.read_mask(path, (4, 6))
 
 
-@pytest.mark.parametrize("what", ["no folder", "no images", "no mask", "image", "mask"])
-def test_bad_folders_end_in_one_line(what, root, capsys):
+@pytest.mark.parametrize("what", ["no masks", "no images", "no mask", "image", "mask"])
+def test_bad_folders_are_refused(what, root):
     image, mask = root / "train/images/1.png", root / "train/masks/1.png"
-    if what == "no folder":
-        shutil.rmtree(root / "train")
-        expected = f"no folder {image.parent}; expected ROOT/train/images/"
+    if what == "no masks":
+        shutil.rmtree(mask.parent)
+        assert scenes.folder_scenes(root, "train", with_masks=False).masks is None
+        message = f"no folder {mask.parent}; expected ROOT/train/images/"
     elif what == "no images":
         for file in image.parent.glob("[01]*"):
             file.unlink()
-        expected = f"no images in {image.parent}"
+        message = f"no images in {image.parent}"
     elif what == "no mask":
         mask.unlink()
-        expected = f"mask {mask} is missing; add it or remove"
+        message = f"mask {mask} is missing; add it or remove"
     else:
         damaged = image if what == "image" else mask
         damaged.write_text("this is no image")
-        expected = f"cannot read {what} {damaged}"
-    done = refused(capsys, scenes.folder_scenes, root, "train", True)
-    assert_fails_in_one_line(done, expected)
+        message = f"cannot read {what} {damaged}"
+    with pytest.raises(UserError, match=message):
+        scenes.folder_scenes(root, "train", True)
 
 
 # ---- classes -------------------------------------------------------------------------------------
@@ -143,21 +124,21 @@ def test_classes_are_counted_in_training_masks_without_ignored_pixels():
     train, reported = of_masks([[0, 3, 9]], [[1, 1, 1]], [[9, 9, 9]]), of_masks([[3, 9]], [[9, 9]])
     assert scenes.count_classes(train, reported, ignore=9) == 4
     assert scenes.count_classes(train, reported, ignore=300) == 10  # outside uint8
-
-
-def test_unlabelled_pixels_not_declared_end_in_one_line(capsys):
-    cases = [
-        ([[0, 1]], [[0, 12]], "0.jpg holds id 12, above 1, the largest .*--ignore 12,"),
-        ([[0, 1]], [[0, 2]], "0.jpg holds id 2, above 1, the largest .*--ignore 2,"),
-        ([[0, 65535]], [[0]], "0.jpg holds id 65535, above 4095, .*--ignore 65535"),
-        ([[0, 4096]], [[0]], "0.jpg holds id 4096, above 4095, the largest allowed"),
-        ([[255]], [[0]], "--ignore 255: the training masks hold nothing else"),
-        ([[0]], [[255]], "--ignore 255: the reported masks hold nothing else"),
-    ]
-    for train, reported, expected in cases:
-        done = refused(capsys, scenes.count_classes, of_masks(train), of_masks(reported), 255)
-        assert_fails_in_one_line(done, expected)
     assert scenes.count_classes(of_masks([[4095]]), of_masks([[0]]), 255) == 4096
+
+
+@pytest.mark.parametrize("train, reported, message", [
+    ([[0, 1]], [[0, 12]], "0.jpg holds id 12, above 1, the largest .*--ignore 12,"),
+    ([[0, 1]], [[0, 2]], "0.jpg holds id 2, above 1, the largest .*--ignore 2,"),
+    ([[0, 65535]], [[0]], "0.jpg holds id 65535, above 4095, .*--ignore 65535"),
+    ([[0, 4096]], [[0]], "0.jpg holds id 4096, above 4095, the largest allowed"),
+    ([[2**31 - 1]], [[0]], "0.jpg holds id 2147483647, above 4095"),
+    ([[255]], [[0]], "--ignore 255: the training masks hold no other id"),
+    ([[0]], [[255]], "--ignore 255: the reported masks hold no other id"),
+])  # fmt: skip
+def test_unlabelled_pixels_not_declared_are_refused(train, reported, message):
+    with pytest.raises(UserError, match=message):
+        scenes.count_classes(of_masks(train), of_masks(reported), 255)
 
 
 # ---- boxes ---------------------------------------------------------------------------------------
@@ -168,7 +149,6 @@ def test_boxes_end_behind_the_last_pixel():
     masks[0, 1, 1:3] = masks[0, 3, 2] = masks[1, 0, 4] = True
     boxes = scenes.boxes_around(masks)
     assert boxes.tolist() == [[1, 1, 3, 4], [4, 0, 5, 1]] and boxes.dtype == torch.float64
-    assert scenes.boxes_around(masks[:0]).shape == (0, 4)
 
 
 def test_true_boxes_of_masks_are_one_a_class():
@@ -185,11 +165,14 @@ def test_true_boxes_of_a_file_are_preferred(root):
     lines += ["./train/images/1.png\t1\t1\t2\t2"]
     (root / "boxes.tsv").write_text("\n".join(lines))
     read = scenes.folder_scenes(root, "train", True)
-    none, two = scenes.true_boxes(read, str(root), 255)
+    none, two = scenes.true_boxes(read, root, 255)
     assert none.shape == (0, 4) and two.dtype == torch.float64
     assert two.tolist() == [[0.1, 1, 4, 2.3], [1, 1, 2, 2]]
-    one, _ = scenes.true_boxes(read._replace(names=read.names[::-1]), str(root), 255)
+    one, _ = scenes.true_boxes(read._replace(names=read.names[::-1]), root, 255)
     assert len(one) == 2  # found by name
+    (root / "boxes.tsv").write_text("train/images/notes.txt\t0\t0\t5\t5")
+    with pytest.raises(UserError, match="no reported image has a true box"):
+        scenes.true_boxes(read, root, 255)
 
 
 BAD_BOXES = ["1.png\t0\t0\tfive\t5", "1.png\t0\t0\t5", "1.png\t0\t0\t5\t5\t5"]
@@ -200,15 +183,8 @@ BAD_BOXES += ["1.png\t0\t0\t5\t5\nfile\tx0\ty0\tx1\ty1"]  # a late header
 
 
 @pytest.mark.parametrize("lines", BAD_BOXES)
-def test_bad_boxes_end_in_one_line(lines, root, capsys):
+def test_bad_boxes_are_refused(lines, root):
     (root / "boxes.tsv").write_bytes(f"train/images/{lines}".encode("latin-1"))
-    done = refused(capsys, scenes.read_boxes, root / "boxes.tsv")
-    expected = f"line {1 + lines.count(chr(10))}: .*: expected a file of ROOT, x0, y0, x1, y1, tab"
-    assert_fails_in_one_line(done, expected)
-
-
-def test_boxes_of_no_reported_image_end_in_one_line(root, capsys):
-    (root / "boxes.tsv").write_text("train/images/notes.txt\t0\t0\t5\t5")
-    read = scenes.folder_scenes(root, "train", True)
-    done = refused(capsys, scenes.true_boxes, read, str(root), 255)
-    assert_fails_in_one_line(done, "no reported image has a true box")
+    number = len(lines.splitlines())
+    with pytest.raises(UserError, match=f"line {number} is .*; expected a file of ROOT, x0, y0"):
+        scenes.read_boxes(root / "boxes.tsv")

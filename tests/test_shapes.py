@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shapes import SHAPES, Shapes, draw_shapes
+from support.shapes import SHAPES, Shapes, draw_shapes
 
 
 def test_an_image_depends_on_seed_split_and_index_alone():

@@ -7,6 +7,8 @@ import importlib.util
 import json
 import shutil
 import signal
+import subprocess
+import sys
 import types
 
 import pytest
@@ -195,27 +197,25 @@ def test_every_depth_and_optimizer_is_tuned_by_itself(stubbed):
 
 
 def test_of_equal_rates_the_lower_loss_then_the_lower_rate_is_best():
-    def log(top1: float, loss: float) -> list[dict]:
-        return [dict(top1=99.0, val_loss=0.0), dict(top1=top1, val_loss=loss)]
-
-    worse, equal, lower = [log(10.0, 2.0)], [log(20.0, 2.5)], [log(20.0, 2.3)]
+    worse, equal, lower = ([dict(top1=a, val_loss=b)] for a, b in ((10, 2.0), (20, 2.5), (20, 2.3)))
     assert sweep.best_rate({1e-4: worse, 1e-3: equal, 1e-2: lower}, "top1") == 1e-2
     assert sweep.best_rate({1e-4: equal, 1e-3: equal, 1e-2: equal}, "top1") == 1e-4
-    assert sweep.best_rate({1e-4: [[]], 1e-3: worse}, "top1") == 1e-3  # [] diverged
-    knn = [[dict(knn=20.0)]]
-    assert sweep.best_rate({3e-3: knn, 1e-3: knn, 1e-2: [[dict(knn=21.0)]]}, "knn") == 1e-2
+    assert sweep.best_rate({1e-4: [None], 1e-3: worse}, "top1") == 1e-3  # None diverged
+    assert sweep.best_rate({1e-4: [*equal, None], 1e-3: worse}, "top1") == 1e-3  # with one seed
+    knn = [dict(knn=20.0)]
+    assert sweep.best_rate({3e-3: knn, 1e-3: knn, 1e-2: [dict(knn=21.0)]}, "knn") == 1e-2
     assert sweep.best_rate({3e-3: knn, 1e-3: knn}, "knn") == 1e-3
-    twice = {1e-4: [[dict(knn=20.0)], [dict(knn=23.0)]], 1e-3: [[dict(knn=22.0)]]}
+    twice = {1e-4: [dict(knn=20.0), dict(knn=23.0)], 1e-3: [dict(knn=22.0)]}
     assert sweep.best_rate(twice, "knn") == 1e-3  # means over seeds
 
 
 def test_what_is_tried_when_rates_are_equal():
-    """Three that are all equal end the tuning, which would else walk the whole ladder; where all
-    diverge a lower one may still help; of two that are best a second seed is asked, once."""
+    """Three that are all equal end the tuning, which would otherwise try every rate there is. Where
+    all diverge, a lower one may still help. Two that are best get a second seed, once."""
 
-    def then(logs: dict) -> list[tuple[float, int]]:
-        made = {x: [[dict(knn=v)] if v else [] for v in values] for x, values in logs.items()}
-        return sweep.next_runs(made, "knn", [1e-3])
+    def then(results: dict) -> list[tuple[float, int]]:
+        rows = {rate: [dict(knn=v) if v else None for v in x] for rate, x in results.items()}
+        return sweep.next_runs(rows, "knn", [1e-3])
 
     assert then({1e-3: [20], 3e-3: [20]}) == [(3e-4, 0)]
     assert then({3e-4: [20], 1e-3: [20], 3e-3: [20]}) == []
@@ -252,7 +252,27 @@ def test_images_added_later_do_not_move_what_was_held_back(name, stubbed, tmp_pa
     some = next((tmp_path / "data/train/class0").iterdir())
     shutil.copy(some, some.with_name(name))
     done = stubbed.end("--data", tmp_path / "data", "--arms", "residual")
-    assert_fails_in_one_line(done, "links to images that are no longer the same part of --data")
+    assert_fails_in_one_line(done, "has runs with images .*name another folder")
+
+
+def test_data_may_move(stubbed, tmp_path, image_root):
+    shutil.copytree(image_root, tmp_path / "old")
+    stubbed.run("--data", tmp_path / "old", "--arms", "residual")
+    (tmp_path / "old").rename(tmp_path / "new")
+    stubbed.run("--data", tmp_path / "new", "--arms", "residual", "--seeds", "5")
+    assert seeds(stubbed.calls(), "full") == ["0", "1", "5"]
+    assert all(link.exists() for link in (stubbed.work / "images").rglob("*"))
+
+
+def test_a_class_of_one_image_is_refused_before_training(stubbed, tmp_path, image_root):
+    """It would be held back, and nothing of its class trained on."""
+    shutil.copytree(image_root, tmp_path / "data")
+    _, *others = sorted((tmp_path / "data/train/class1").iterdir())
+    for path in others:
+        path.unlink()
+    done = stubbed.end("--data", tmp_path / "data", "--arms", "residual")
+    assert_fails_in_one_line(done, "class class1 has one training image, and tuning needs two")
+    assert stubbed.calls() == []
 
 
 # --------------------------------------------------------------------------------------------------
@@ -325,7 +345,7 @@ def test_a_diverged_run_is_recorded_not_repeated_and_shown(stubbed):
 
 
 def test_an_arm_that_diverges_at_every_rate_is_given_up(stubbed, monkeypatch):
-    monkeypatch.setattr(sweep, "LADDER", [3e-4, 1e-3, 3e-3, 1e-2])
+    monkeypatch.setattr(sweep, "RATES", [3e-4, 1e-3, 3e-3, 1e-2])
     stubbed.order(skipless=DIVERGED)
     stubbed.run("--arms", "residual", "skipless-default")
     assert rates(stubbed.calls(), "tune", "skipless-default") == [3e-4, 1e-3, 3e-3]
@@ -388,13 +408,119 @@ def test_the_tables_figures(stubbed, tmp_path, monkeypatch):
     assert table in stubbed.out() and table == "\n" + (work / "table.md").read_text()
     assert (work / "curves.png").stat().st_size > 10_000
     assert (work / "rates.png").stat().st_size > 10_000
-    logs = {
-        3e-3: [[dict(top1=9), dict(top1=50)], [dict(top1=40)]],
-        1e-3: [[dict(top1=35)]],
-        1: [[]],
-    }
-    curve = [[1e-3, 3e-3], [35, 45], [35, 40], [35, 50]]
-    assert sweep.tuning_curve(logs, "top1").tolist() == curve
+
+
+def test_damaged_files_are_told_in_one_line(tmp_path, monkeypatch, capsys):
+    work = tmp_path
+    log, facts = work / "tune/residual-12-soap-lr0.001-seed0/log.jsonl", work / "sweep.json"
+    probe = work / "full/residual-12-soap-lr0.001-seed0/last/segment.json"
+    rows = [dict(epoch=i, top1=20.0) for i in (1, 2, 3)]
+    fine = {log: "\n".join(map(json.dumps, rows)), probe: '{"results": {}}'}
+    fine[facts] = json.dumps(
+        dict(script="train_cls.py", classes=3, tune_epochs=3, epochs=4, flags=[])
+    )
+    fine[probe.parent.parent / "log.jsonl"] = fine[log] + '\n{"epoch": 4, "top1": 30}'
+    damaged = [
+        (log, fine[log][:-9]),  # cut in mid-line
+        (log, '{"epoch": 1, "top1": 1}\n' + fine[log].splitlines()[-1]),  # a line lost
+        (log, fine[log].replace("top1", "top2")),
+        (log, "[3]\n"),
+        (log, "\x00\xff"),
+        (facts, "{"),
+        (facts, "[1]"),
+        (probe, "{}"),
+        (probe, '{"results": {"a": {"miou": 1.0}, "b": {}}}'),
+    ]
+    for path, text in damaged:
+        for name, whole in fine.items():
+            name.parent.mkdir(parents=True, exist_ok=True)
+            name.write_text(text if name == path else whole)
+        done = run_here(sweep.main, ["--table", work], tmp_path, monkeypatch, capsys)
+        assert_fails_in_one_line(done, f"{path.name} is damaged .*; restore it")
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """`sweep.draw` -> title of a panel -> its axes."""
+
+    def draw(curves: dict, **words) -> dict:
+        figures = []
+        monkeypatch.setattr(sweep.pictures, "save_figure", lambda figure, _: figures.append(figure))
+        sweep.draw("path", curves, "val top-1, %", **words)
+        sweep.pictures.plt.close(figures[0])
+        return {ax.get_title(): ax for ax in figures[0].axes} | dict(legends=figures[0].legends)
+
+    return draw
+
+
+def logs_of(*runs: list[float]) -> list[list[dict]]:
+    return [[dict(epoch=i, top1=v) for i, v in enumerate(run, start=1)] for run in runs]
+
+
+def texts(items) -> list[str]:
+    return [item.get_text() for item in items]
+
+
+def test_a_panel_per_depth_shows_the_mean_of_the_seeds_and_their_range(drawn):
+    curves = {}
+    for depth in (24, 4):
+        logs = dict(residual=[[10, 30], [20, 70]]) | {"skipless-paper": [[5, depth]]}
+        for arm, values in logs.items():
+            curves["soap", depth, arm] = sweep.mean_curve(logs_of(*values), "top1")
+    curves["adamw", 4, "residual"] = sweep.mean_curve(logs_of([1, 2]), "top1")
+    figure = drawn(curves)
+    assert list(figure)[:-1] == ["4 blocks, AdamW", "4 blocks, SOAP", "24 blocks, SOAP"]
+    for depth in (4, 24):
+        title = f"{depth} blocks, SOAP"
+        residual, paper = figure[title].get_lines()
+        assert residual.get_xydata().tolist() == [[1, 15], [2, 50]]  # not 20, 70, the best seed
+        assert paper.get_xydata().tolist() == [[1, 5], [2, depth]]
+        assert residual.get_color() == sweep.pictures.ARM_COLOURS["residual"]
+        band = figure[title].collections[0].get_paths()[0].vertices.tolist()
+        assert {tuple(xy) for xy in band} == {(1, 10), (1, 20), (2, 30), (2, 70)}
+        assert figure[title].get_xscale() == "linear" and figure[title].get_xlabel() == "epoch"
+    assert figure["4 blocks, AdamW"].get_lines()[0].get_xydata().tolist() == [[1, 1], [2, 2]]
+    assert figure["4 blocks, AdamW"].get_ylabel() == "val top-1, %"
+    assert texts(figure["24 blocks, SOAP"].texts) == ["skipless-paper", "residual"]
+    assert texts(figure["4 blocks, SOAP"].texts) == []
+
+
+def test_residual_s_last_value_is_marked_where_others_train_longer(drawn):
+    """Variants share their arm's colour in shades, and differ by markers."""
+    short, long = sweep.mean_curve(logs_of([10, 28]), "top1"), sweep.mean_curve(
+        logs_of([5, 9, 30, 31]), "top1"
+    )  # fmt: skip
+    arms = {"residual": short, "residual+dyt": short - 1, "skipless-paper": long}
+    figure = drawn({("soap", 12, arm): x for arm, x in arms.items()})
+    *lines, target = figure["12 blocks, SOAP"].get_lines()
+    assert target.get_ydata() == [28, 28] and target.get_linestyle() == ":"
+    assert len({line.get_color() for line in lines}) == 3
+    assert [line.get_marker() for line in lines] == ["o", "s", "o"]
+    assert texts(figure["12 blocks, SOAP"].texts) == ["skipless-paper"]  # at the right edge
+    [legend] = figure["legends"]
+    assert texts(legend.get_texts()) == ["residual", "residual+dyt", "residual's last, 28.0"]
+    assert len(drawn({("soap", 12, "residual"): short})["12 blocks, SOAP"].get_lines()) == 1
+
+
+def test_rates_are_drawn_on_a_log_axis_without_those_that_diverged(drawn):
+    results = {3e-3: [dict(top1=50), dict(top1=40)], 1e-3: [dict(top1=35)], 1.0: [None]}
+    curve = sweep.tuning_curve(results, "top1")
+    assert curve.tolist() == [[1e-3, 3e-3], [35, 45], [35, 40], [35, 50]]
+    figure = drawn({("soap", 12, "skipless-paper"): curve}, against="learning rate")
+    ax = figure["12 blocks, SOAP"]
+    assert ax.get_xscale() == "log" and ax.get_xlabel() == "learning rate"
+    assert ax.get_lines()[0].get_xydata().tolist() == [[1e-3, 35], [3e-3, 45]]
+    assert texts(figure["legends"][0].get_texts()) == ["skipless-paper"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Steps to equal accuracy
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_curve_is_the_mean_and_range_of_the_measured_epochs():
@@ -402,31 +528,33 @@ def test_a_curve_is_the_mean_and_range_of_the_measured_epochs():
         [dict(epoch=0, knn=1.0), dict(epoch=1, knn=None), dict(epoch=2, knn=5.0)],
         [dict(epoch=0, knn=2.0), dict(epoch=1, knn=None), dict(epoch=2, knn=9.0)],
     ]
-    assert sweep.curve(logs, "knn").tolist() == [[0, 2], [1.5, 7], [1, 5], [2, 9]]
+    assert sweep.mean_curve(logs, "knn").tolist() == [[0, 2], [1.5, 7], [1, 5], [2, 9]]
 
 
 def test_steps_to_equal_accuracy_by_hand():
     def curve(*values: float):
-        return sweep.curve([[dict(epoch=i, top1=v) for i, v in enumerate(values)]], "top1")
+        return sweep.mean_curve([[dict(epoch=i, top1=v) for i, v in enumerate(values)]], "top1")
 
     residual = curve(0, 20, 30, 40)
-    assert sweep.steps_multiple(curve(0, 40, 45, 50), residual) == "0.33"  # at 40 after 1 of 3
-    assert sweep.steps_multiple(curve(0, 5, 8, 10), residual) == "6.00"  # 10: after 3 and a half
+    assert sweep.relative_steps(curve(0, 40, 45, 50), residual) == "0.33"  # at 40 after 1 of 3
+    assert sweep.relative_steps(curve(0, 5, 8, 10), residual) == "6.00"  # 10: after 3 and a half
     early = curve(*range(6), 50, *[2] * 20, 60)  # at 40 first after 5 7/9, and later again
-    assert sweep.steps_multiple(early, residual) == "1.93"
-    assert sweep.steps_multiple(residual, None) == "-"
+    assert sweep.relative_steps(early, residual) == "1.93"
+    assert sweep.relative_steps(residual, None) == "-"
+    plateau = curve(10, 20, 30, 30, 30)  # at 30 after 2 of 4, not at the plateau's end
+    assert sweep.first_reached(30, plateau) == 2 and sweep.first_reached(5, plateau) == 0
+    assert sweep.relative_steps(plateau, curve(0, 10, 20, 30, 40)) == "0.67"
+    assert sweep.relative_steps(curve(0, 10, 20, 25, 31), plateau) == "1.92"  # 3 5/6 over 2
     slow = curve(0, 10, 20, 30, 40, 50, 60)  # trained twice as long
-    assert sweep.steps_multiple(slow, residual) == "1.33"  # at 40 after 4, residual after 3
-    assert sweep.steps_multiple(curve(*[5] * 7), residual) == "> 2"
+    assert sweep.relative_steps(slow, residual) == "1.33"  # at 40 after 4, residual after 3
+    assert sweep.relative_steps(curve(*[5] * 7), residual) == "> 2"
 
 
 def test_dino_is_compared_by_knn_and_probed_at_the_last_block_and_at_quarters(stubbed, tmp_path):
     camvid = ["--camvid", tmp_path / "camvid"]
-    for part in ("train/images", "train/masks"):
-        (tmp_path / "camvid" / part).mkdir(parents=True)
-    assert_fails_in_one_line(stubbed.end(*camvid), "no folder val/images in it")  # now, not later
-    for part in ("test/images", "test/masks"):
-        (tmp_path / "camvid" / part).mkdir(parents=True)
+    (tmp_path / "camvid/train/images").mkdir(parents=True)
+    assert_fails_in_one_line(stubbed.end(*camvid), "no folder train/masks in it")  # now, not later
+    (tmp_path / "camvid/train/masks").mkdir()
     words = ["--script", "train_ssl.py", "--arms", "residual", "--depths", "6"]
     stubbed.order(seed2=DIVERGED)
     stubbed.run(*words, "--seeds", "0", "1", "2", *camvid)
@@ -459,7 +587,8 @@ def test_dino_is_compared_by_knn_and_probed_at_the_last_block_and_at_quarters(st
         ("--rates -1", "--rates"),
         ("--data nowhere", "nowhere: no such folder"),
         ("--camvid nowhere", "--camvid nowhere: no folder train/images"),
-        ("--classes 9", "--classes 9: --data .* has 5"),
+        ("--seeds -1", "--seeds: must lie in 0"),
+        ("--classes 9", "--classes 9: --data .* has only 5"),
         ("--arms resnet", "--arms: resnet is no arm"),
         ("-- --lr 1", "--lr behind -- is for the sweep to set"),
         ("-- --init=paper", "--init=paper behind -- is for the sweep to set"),
@@ -489,10 +618,28 @@ def test_a_folder_takes_one_comparison_only(stubbed, image_root, tmp_path):
         ("-- --batch-size 6", r"runs with flags \[\], not"),
     ):
         assert_fails_in_one_line(stubbed.end("--arms", "residual", *words.split()), message)
-    shutil.copytree(image_root, tmp_path / "copy")
+    for split in ("train", "val"):
+        shutil.copytree(image_root / "val", tmp_path / "copy" / split)
     done = stubbed.end("--arms", "residual", "--data", str(tmp_path / "copy"))
-    assert_fails_in_one_line(done, "links to another --data")
+    assert_fails_in_one_line(done, "has runs with images")
     assert len(stubbed.calls()) == made
+
+
+def test_a_folder_is_swept_by_one_process_at_a_time(stubbed):
+    """The other one holds it until its standard input ends."""
+    stubbed.work.mkdir()
+    code = "import sys; from pathlib import Path; from support.files import lock; "
+    code += f"lock(Path({str(stubbed.work)!r})); print('locked', flush=True); sys.stdin.read()"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes) as other:
+        assert other.stdout.readline() == "locked\n"
+        assert_fails_in_one_line(
+            stubbed.end("--arms", "residual"), f"in use by process {other.pid}"
+        )
+        assert stubbed.calls() == []
+        other.stdin.close()
+    stubbed.run("--arms", "residual")
+    assert len(stubbed.table()) == 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -502,7 +649,7 @@ def test_a_folder_takes_one_comparison_only(stubbed, image_root, tmp_path):
 
 def test_a_real_sweep_of_two_arms(tmp_path, image_root, monkeypatch):
     """Half of it is done already, by logs written here: each process takes seconds to start."""
-    monkeypatch.setattr(sweep, "LADDER", [])  # one rate is enough
+    monkeypatch.setattr(sweep, "RATES", [])  # one rate is enough
     rows = [dict(epoch=epoch, top1=20.0, val_loss=1.0) for epoch in (1, 2)]
     write_log(tmp_path / "w/tune/residual-1-soap-lr0.003-seed0", rows[:1])
     write_log(tmp_path / "w/full/skipless-paper-1-soap-lr0.003-seed0", rows)

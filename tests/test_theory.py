@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import theory
+from beyond import theory
 from jacobian_probe import apjn
 from minskip import ViT
 
-# ---- the four numbers of a map -------------------------------------------------------------------
+# ---- the moments of a map ------------------------------------------------------------------------
 
 A = 0.7
 MAPS = {
@@ -24,8 +24,8 @@ MAPS = {
 
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("q, p", [(1.7, 0.6), (1.7, -0.6), (20.0, 19.0)])
-def test_the_four_numbers_of_a_map_against_sampling(name, q, p):
-    f, numbers = MAPS[name]
+def test_moments_of_a_map_against_sampling(name, q, p):
+    f, moments = MAPS[name]
     torch.manual_seed(0)
     x, y = torch.randn(2, 400_000, dtype=torch.float64)
     h = torch.stack([math.sqrt(q) * x, p / math.sqrt(q) * x + math.sqrt(q - p * p / q) * y])
@@ -34,7 +34,7 @@ def test_the_four_numbers_of_a_map_against_sampling(name, q, p):
     sampled = []
     for u, v in (values, slopes):
         sampled += [(u * u).mean().item(), (u * v).mean().item()]
-    assert sampled == pytest.approx(numbers(q, p), rel=0.015, abs=0.004)
+    assert sampled == pytest.approx(moments(q, p), rel=0.015, abs=0.004)
 
 
 def test_gelu_and_tanh_at_unit_variance():
@@ -45,9 +45,9 @@ def test_gelu_and_tanh_at_unit_variance():
     assert (phi2, slope2) == pytest.approx((0.394294, 0.464403), abs=1e-5)
 
 
-def test_two_equal_tokens_have_equal_numbers():
-    for numbers in (theory.smooth, theory.relu, theory.derf, theory.dyt, theory.layer_norm):
-        square, product, slope2, slopes = numbers(1.3, 1.3)
+def test_for_two_equal_tokens_products_are_squares():
+    for moments in (theory.smooth, theory.relu, theory.derf, theory.dyt, theory.layer_norm):
+        square, product, slope2, slopes = moments(1.3, 1.3)
         assert (square, slope2) == pytest.approx((product, slopes))
 
 
@@ -64,31 +64,10 @@ def test_derf_in_closed_form_equals_the_quadrature_and_dyt_is_right_at_large_q()
 # ---- the recursion -------------------------------------------------------------------------------
 
 
-def test_one_block_by_hand():
-    """Two tokens, q = 4, p = 1, and maps whose four numbers are round."""
-
-    def half(q, p):  # N(x) = x / 2
-        return q / 4, p / 4, 1 / 4, 1 / 4
-
-    def odd(q, p):  # no map's: every number its own, so that none can be mistaken for another
-        return 2 * q, 3 * p, 5.0, 7.0
-
-    gains = (8.0, 0.5, 3.0)
-    # there: E N^2 = 1, E N N = 1/4, so attention adds 8 (1 + 1/4) / 2 = 5 to q and p: (9, 6)
-    # back through the MLP: 1 + 0.5 * 3 / 4 * 5 = 2.875 on m_q; through the attention, of gain
-    # 8 / 4 = 2, m = 2.875 / 2: m_q = 2.875 + 2 * 1.4375 = 5.75
-    pair, scalar = theory.apjn_theory(1, 2, 4.0, 1.0, gains, True, half, odd)
-    assert pair == pytest.approx([5.75, 1.0])
-    assert scalar == pytest.approx([2.875 * (1 + 2 / 2), 1.0])
-    # without skips 1.875, and m_q = 2 * 1.875 / 2
-    pair, scalar = theory.apjn_theory(1, 2, 4.0, 1.0, gains, False, half, odd)
-    assert pair == pytest.approx([1.875, 1.0])
-    assert scalar == pytest.approx([1.875, 1.0])
-
-
 @pytest.mark.parametrize("residual", [True, False])
 def test_two_blocks_by_hand(residual):
-    """The same written out step by step: what a second block sees, and m_p on the way back."""
+    """Two blocks written out step by step, with maps none of whose moments can be mistaken for
+    another: what the second block sees on the way forward, and m_p on the way back."""
 
     def normaliser(q, p):
         return 1.1 * q, 0.9 * p, 1 / (1 + q), 1 / (2 + p)
@@ -99,12 +78,12 @@ def test_two_blocks_by_hand(residual):
     n, q, p, (v, a, b), r = 3, 2.0, 0.5, (1.5, 0.8, 1.2), 1.0 if residual else 0.0
     factors = []
     for _ in range(2):
-        by_attention = v / (1 + q), v / (2 + p)
+        of_attention = v / (1 + q), v / (2 + p)
         added = v * (1.1 * q + 2 * 0.9 * p) / 3
         q, p = r * q + added, r * p + added
         inner_q, inner_p = a * 1.1 * q, a * 0.9 * p
-        by_mlp = a * b / (1 + q) / (3 + inner_q), a * b / (2 + p) / (4 + inner_p)
-        factors.append((by_attention, by_mlp))
+        of_mlp = a * b / (1 + q) / (3 + inner_q), a * b / (2 + p) / (4 + inner_p)
+        factors.append((of_attention, of_mlp))
         q, p = r * q + b * 0.6 * inner_q, r * p + b * 0.4 * inner_p
     (attention_1, mlp_1), (attention_2, mlp_2) = factors
     m_q = r + mlp_2[0]
@@ -155,7 +134,7 @@ NORMALISERS = {
 
 
 def toy_apjn(seed: int, normalise, n: int, L: int, d: int, correlation: float) -> float:
-    """J^{L,0} of L blocks of uniform attention and a ReLU MLP; gains in variance 1, fc1's 2."""
+    """J^{L,0} measured on L blocks of uniform attention and a ReLU MLP; gains are 1, fc1's 2."""
     torch.manual_seed(seed)
     shared, own = torch.randn(2, 1, d), torch.randn(2, n, d)
     first = math.sqrt(correlation) * shared + math.sqrt(1 - correlation) * own
@@ -167,20 +146,19 @@ def toy_apjn(seed: int, normalise, n: int, L: int, d: int, correlation: float) -
     return apjn([first, h], probes=2)[0]
 
 
-@pytest.mark.parametrize("name, n, L", [("LayerNorm", 8, 32), ("Derf", 8, 32), ("DyT", 8, 32)])
-def test_measured_apjn_is_that_of_the_pair_form_and_not_of_the_scalar_form(name, n, L):
-    """Within three standard errors and 5 %: 3 % are the finite width, as 60 seeds show."""
-    normalise, numbers = NORMALISERS[name]
+@pytest.mark.parametrize("name", NORMALISERS)
+def test_measured_apjn_follows_the_pair_form_and_not_the_scalar_form(name):
+    """Within three standard errors and 5 %, of which the finite width takes 3 % (60 seeds)."""
+    (normalise, moments), n, L = NORMALISERS[name], 8, 32
     values = [toy_apjn(seed, normalise, n, L, 320, 0.4) for seed in range(8)]
     measured, error = statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
-    pair, scalar = theory.apjn_theory(
-        L, n, 1.0, 0.4, (1.0, 2.0, 1.0), True, numbers, activation=theory.relu
-    )
+    gains = (1.0, 2.0, 1.0)
+    pair, scalar = theory.apjn_theory(L, n, 1.0, 0.4, gains, True, moments, theory.relu)
     assert abs(measured - pair[0]) < 3 * error + 0.05 * pair[0]
     assert measured - scalar[0] > 4 * error
 
 
-def test_theory_reads_gains_and_tokens_off_the_network(monkeypatch):
+def test_theory_reads_its_inputs_from_the_network(monkeypatch):
     torch.manual_seed(0)
     model = ViT(16, 8, 3, dim=6, depth=2, num_heads=2, mlp_ratio=2.0, pool="mean", residual=False)
     model = model.double()
@@ -190,7 +168,7 @@ def test_theory_reads_gains_and_tokens_off_the_network(monkeypatch):
             squares = []
             for block in model.blocks:
                 W = block.get_submodule(path).weight
-                W.normal_(mean=0.1)  # a mean counts as well: it multiplies too
+                W.normal_(mean=0.1)  # a mean multiplies too, so a variance would miss it
                 squares += [(W[i, j] ** 2).item() for i in range(len(W)) for j in range(len(W.T))]
             expected.append(W.shape[1] * statistics.mean(squares))
     x = torch.randn(2, 4, 6, dtype=torch.float64) * torch.tensor([0.3, 1.0, 2.0, 5.0])[:, None]
@@ -211,8 +189,9 @@ def test_theory_reads_gains_and_tokens_off_the_network(monkeypatch):
 
 
 @pytest.mark.parametrize("residual, slack", [(False, 0.05), (True, 0.15)])
-def test_theory_is_that_of_a_vit_whose_tokens_differ_in_size(residual, slack):
-    """Squares spread 16-fold: an arithmetic mean q would miss by 2. With skips sizes even out."""
+def test_theory_fits_a_vit_whose_tokens_differ_in_size(residual, slack):
+    """The tokens' mean squares spread 16-fold, so an arithmetic mean for q would miss by a factor
+    of 2. With skips the sizes become more equal with depth, hence more slack."""
     ratios = []
     for seed in range(40):
         torch.manual_seed(seed)

@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -36,13 +35,12 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
-import data
-import engine
 import train_cls
-from identity_init import COUNTS_ON, NEEDS, identity_init_
+from beyond.identity_init import COUNTS_ON, NEEDS, identity_init_
 from minskip import PRESETS, ViT
-from run import Run
 from soap import SOAP
+from support import data, memory
+from support.run import Run
 
 
 def load(path) -> dict:
@@ -51,6 +49,8 @@ def load(path) -> dict:
 
 # ---- the loop, by hand ---------------------------------------------------------------------------
 
+SEED = 5  # not the default, which a run might use whatever it is told
+
 MEAN = torch.tensor([0.485, 0.456, 0.406], dtype=torch.float64)[:, None, None]
 STD = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float64)[:, None, None]
 
@@ -58,11 +58,11 @@ STD = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float64)[:, None, None]
 def training_batch(root, epoch: int, step: int, size: int):
     """Images and labels of a step of 20, from the seeds that `data` documents."""
     folder, (transform, _) = data.image_folder(root, "train"), data.augmentations(16, drawn=False)
-    [seed] = data.mixed_seeds(1, data.ORDER, 0, epoch)
+    [seed] = data.mixed_seeds(1, data.ORDER, SEED, epoch)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(seed))
     chosen = order[step * size : (step + 1) * size].tolist()
     images = []
-    for index, seed in zip(chosen, data.mixed_seeds(size, data.IMAGES, 0, epoch, step)):
+    for index, seed in zip(chosen, data.mixed_seeds(size, data.IMAGES, SEED, epoch, step)):
         torch.manual_seed(seed)
         images.append(transform(folder[index][0]))
     labels = torch.tensor([folder[index][1] for index in chosen])
@@ -86,7 +86,7 @@ def train_by_hand(root, model, on: bool, held: bool = False):
         losses = []
         for step in range(3):
             images, labels = training_batch(root, epoch, step, 20)
-            torch.manual_seed(data.mixed_seeds(1, data.STEP, 0, epoch, step, 0)[0])
+            torch.manual_seed(data.mixed_seeds(1, data.STEP, SEED, epoch, step, 0)[0])
             if on:
                 mixes = v2.MixUp(alpha=0.8, num_classes=5), v2.CutMix(alpha=0.7, num_classes=5)
                 images, labels = v2.RandomChoice(mixes)(images, labels)
@@ -142,7 +142,7 @@ def test_two_epochs_equal_the_same_steps_by_hand(
 ):
     """Every switch on, then every switch off: weights, averages, losses and accuracies."""
     on, held = init is None, init == "identity"
-    words = [*SMALL, "--data", image_root, "--out", tmp_path, "--batch-size", 20]
+    words = [*SMALL, "--data", image_root, "--out", tmp_path, "--batch-size", 20, "--seed", SEED]
     words += (ON if on else f"{OFF} {init}").split()
     words += [] if ema else ["--ema", 0, "--checkpoint-activations"]
     twice = passes_computed_twice(monkeypatch)
@@ -150,9 +150,9 @@ def test_two_epochs_equal_the_same_steps_by_hand(
     assert bool(twice) == (not ema)
     checkpoint = load(tmp_path / "last.pt")
 
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     shape = PRESETS["nano"] | dict(depth=2, residual=on, drop_path=0.4 * on)
-    shape |= dict(pos_embed_std=train_cls.FOLDER["pos_embed_std"])
+    shape |= dict(pos_embed_std=train_cls.SETTINGS["pos_embed_std"][1])
     model = ViT(16, 8, 5, **shape | (COUNTS_ON | NEEDS if held else {}))
     if held:
         identity_init_(model)
@@ -188,8 +188,10 @@ def test_top_5_counts_the_five_best_of_ten_classes():
 
 def test_optimizers_and_what_they_decay():
     model = ViT(16, 8, 5, dim=16, depth=1, num_heads=2)
-    soap = engine.build_optimizer(model, "soap", 1e-3, 0.1)
-    adamw = engine.build_optimizer(model, "adamw", 2e-3, 0.1)
+    args = argparse.Namespace(opt="soap", lr=2e-3, weight_decay=0.1, init="default")
+    soap = train_cls.build_optimizer(args, model)
+    args.opt = "adamw"
+    adamw = train_cls.build_optimizer(args, model)
     assert isinstance(soap, SOAP) and isinstance(adamw, torch.optim.AdamW)
     names = {id(p): name for name, p in model.named_parameters()}
     decayed, plain = adamw.param_groups
@@ -202,11 +204,10 @@ def test_optimizers_and_what_they_decay():
 
 
 def test_the_learning_rate_rises_and_falls():
-    rates = [engine.lr_at(step, 10, 4, 1.0, 0.1) for step in range(11)]
-    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
-    assert rates[7] == pytest.approx(0.55)  # half way down from 1 to .1
-    assert rates[10] == pytest.approx(0.1)
-    assert engine.lr_at(0, 10, 0, 1.0) == 1.0 and engine.lr_at(5, 10, 0, 1.0) == pytest.approx(0.5)
+    rates = [train_cls.lr_at(step, 10, 4, 0.6) for step in range(11)]
+    assert rates[:5] == pytest.approx([0.15, 0.3, 0.45, 0.6, 0.6])
+    assert rates[7] == pytest.approx(0.3) and rates[10] == pytest.approx(0, abs=1e-12)
+    assert train_cls.lr_at(0, 10, 0, 1.0) == 1.0
 
 
 # ---- what a run leaves ---------------------------------------------------------------------------
@@ -274,19 +275,19 @@ def test_folders_are_named_after_the_settings(finished, image_root):
 )
 def test_where_a_setting_comes_from(words, expected, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_cls.py", *words.split()])
-    args, _ = train_cls.parse_arguments()
+    args, _ = train_cls.read_settings()
     assert {name: getattr(args, name) for name in expected} == expected
 
 
 def test_help_names_every_default(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_cls.py", "--help"])
     with pytest.raises(SystemExit):
-        train_cls.parse_arguments()
+        train_cls.read_settings()
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("[3, --data 300]", "[64, --data 1024]", "[0.5, --data 0.02]"):
+    for words in ("[3; with --data 300]", "[64; with --data 1024]", "[0.5; with --data 0.02]"):
         assert words in text
     shown = {line.split()[0] for line in re.findall(r"(--[\w-]+) ", text)}
-    assert {f"--{name.replace('_', '-')}" for name in train_cls.DEMO} <= shown
+    assert {f"--{name.replace('_', '-')}" for name in train_cls.SETTINGS} <= shown
 
 
 def test_the_demo_uses_synthetic_images(tmp_path):
@@ -324,16 +325,16 @@ def test_an_interrupted_run_resumes_exactly(image_root, tmp_path, monkeypatch, c
     args += ["--batch-size", "4", "--init", "identity"]  # whose pairs are held, resumed or not
     run_main(train_cls.main, [*args, "--out", "runs/a"], tmp_path, monkeypatch)
 
-    lr_at = engine.lr_at
+    lr_at = train_cls.lr_at
 
     def lr_and_a_signal(step, *rest):  # as if SIGTERM came in the sixth step
         if step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return lr_at(step, *rest)
 
-    monkeypatch.setattr(engine, "lr_at", lr_and_a_signal)
+    monkeypatch.setattr(train_cls, "lr_at", lr_and_a_signal)
     done = run_here(train_cls.main, [*args, "--out", "runs/b"], tmp_path, monkeypatch, capsys)
-    monkeypatch.setattr(engine, "lr_at", lr_at)
+    monkeypatch.setattr(train_cls, "lr_at", lr_at)
     assert done.returncode == 128 + signal.SIGTERM
     assert "stopped at epoch 1, step 6; continue with --resume" in done.stdout
     out = tmp_path / "runs/b"
@@ -416,7 +417,8 @@ def test_under_nohup_a_closed_terminal_is_ignored(image_root, tmp_path, monkeypa
 def test_two_runs_do_not_share_a_folder(image_root, tmp_path, monkeypatch, capsys):
     args = ["--data", image_root, *SMALL, "--out", "run"]
     (tmp_path / "run").mkdir()
-    code = f"import files, pathlib, time; files.lock(pathlib.Path({str(tmp_path / 'run')!r}))"
+    code = "import pathlib, time; from support import files"
+    code += f"; files.lock(pathlib.Path({str(tmp_path / 'run')!r}))"
     words = [sys.executable, "-c", f"{code}; print(flush=True); time.sleep(100)"]
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
@@ -459,58 +461,20 @@ def test_a_full_disk_ends_a_run_in_one_line_its_workers_too(image_root, tmp_path
     assert {f.name for f in (tmp_path / "run").iterdir()} == {".lock", "log.jsonl"}
 
 
-def killed(self, keys):  # as the system does where memory is short
-    assert torch.utils.data.get_worker_info(), "not in a process of the loader's"
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def no_room(self, keys):  # what torch says of a container's small /dev/shm
-    raise RuntimeError(" unable to allocate shared memory(shm) for file </torch_1_2_3>")
-
-
-@pytest.mark.parametrize(
-    "accident, said",
-    [
-        (killed, "DataLoader worker .* (is killed by signal: Killed|exited)"),
-        (no_room, "unable to allocate"),
-    ],
-)
-def test_what_befalls_a_loaders_process_is_said_in_one_line(
-    accident, said, image_root, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(data.Seeded, "__getitems__", accident)
-    words = ["--data", image_root, *SMALL, "--workers", "1"]
-    done = run_here(train_cls.main, words, tmp_path, monkeypatch, capsys)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    advice = r"usually memory, or a small /dev/shm: use fewer --workers, or 0"
-    assert re.match(rf"error: loading images: {said}.*; {advice}", done.stderr)
-
-
-def test_a_loader_that_hangs_and_a_mistake_of_ours_both_end(image_root, tmp_path):
+def test_a_mistake_of_ours_ends_the_program_although_a_loader_works(image_root, tmp_path):
     """Workers heed no SIGTERM, with which multiprocessing would end them, waiting for ever."""
-    words = ["--data", str(image_root), *SMALL, "--workers", "1", "--out"]
+    words = ["--data", str(image_root), *SMALL, "--workers", "1", "--out", "run"]
     code = """
-import sys, time
-import cli, data, run, train_cls
-kind, *sys.argv[1:] = sys.argv[1:]
-def hang(self, keys): time.sleep(1000)
+import train_cls
+from support import errors, run
 def mistake(self, **numbers): raise RuntimeError("a mistake of ours")
-if kind == "hang":
-    data.LOADER_PATIENCE, data.Seeded.__getitems__ = 1, hang
-else:
-    run.Run.add = mistake
-with cli.one_line_errors("-"):
+run.Run.add = mistake
+with errors.errors_in_one_line("-"):
     train_cls.main()
 """
     (tmp_path / "broken.py").write_text(code)
-    how = dict(cwd=tmp_path, env=script_environment(), capture_output=True, text=True, timeout=200)
-    for kind, said in (
-        ("hang", "error: loading images: DataLoader timed out"),
-        ("x", "Error: a m"),
-    ):
-        done = subprocess.run([sys.executable, "broken.py", kind, *words, kind], **how)
-        assert done.returncode == 1 and said in done.stderr, done.stderr
-        assert done.stderr.count("\n") == 1 or kind == "x"
+    done = run_script(tmp_path / "broken.py", *words, cwd=tmp_path, launcher=["-u"])
+    assert done.returncode == 1 and "RuntimeError: a mistake of ours" in done.stderr
 
 
 @pytest.mark.parametrize("broken", ["gradient", "weights"])
@@ -541,32 +505,6 @@ def test_what_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     assert path.read_bytes() == before
 
 
-def test_an_output_that_is_not_finite_ends_a_run_and_an_evaluation(
-    image_root, finished, tmp_path, monkeypatch, capsys
-):
-    """Of weights that are: large ones, whose accuracy would look normal."""
-    words = ["--data", image_root, *SMALL, "--opt", "adamw", "--lr", "1e15", "--epochs", "1"]
-    words += ["--warmup-epochs", "0", "--batch-size", "60", "--out", "run"]
-    done = run_here(train_cls.main, words, tmp_path, monkeypatch, capsys)
-    assert done.returncode == 1 and "error: the val_loss is nan at epoch" in done.stderr
-    assert "nothing saved yet" in done.stderr and not (tmp_path / "run/last.pt").exists()
-    checkpoint = load(finished[0] / "runs/a/last.pt")
-    for name, weight in checkpoint["ema"].items():
-        if "fc" in name or "W_" in name:
-            weight *= 1e30
-    torch.save(checkpoint, tmp_path / "large.pt")
-    done = run_here(train_cls.main, ["--eval", "large.pt"], tmp_path, monkeypatch, capsys)
-    assert_fails_in_one_line(done, "large.pt: its network's output is not finite")
-
-
-def test_weights_that_are_not_finite_are_not_evaluated(finished, tmp_path, monkeypatch, capsys):
-    checkpoint = load(finished[0] / "runs/a/last.pt")
-    checkpoint["ema"]["module.head.bias"][0] = float("nan")
-    torch.save(checkpoint, tmp_path / "nan.pt")
-    done = run_here(train_cls.main, ["--eval", "nan.pt"], tmp_path, monkeypatch, capsys)
-    assert_fails_in_one_line(done, "weights that are not finite")
-
-
 # ---- two processes -------------------------------------------------------------------------------
 
 
@@ -574,10 +512,11 @@ UNEVEN = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-import cli, files, networks, train_cls
+import train_cls
+from support import errors, files
 
 def another(*args):
-    model = build_vit(*args)
+    model = build_network(*args)
     torch.nn.init.ones_(model.head.weight)
     return model
 
@@ -585,10 +524,10 @@ def late(*args):
     time.sleep(3)
     return run_folder(*args)
 
-build_vit, run_folder = networks.build_vit, files.run_folder
+build_network, run_folder = train_cls.build_network, files.run_folder
 if os.environ["RANK"] == "1":
-    networks.build_vit, files.run_folder = another, late
-with cli.one_line_errors("-"):
+    train_cls.build_network, files.run_folder = another, late
+with errors.errors_in_one_line("-"):
     train_cls.main()
 """  # of two processes the second draws other weights, as on another machine, and comes late
 
@@ -663,8 +602,6 @@ def test_a_killed_process_ends_the_others_and_what_was_saved_is_usable(
     finally:
         torchrun.terminate()  # which ends its processes too
     assert torchrun.returncode == 1 and "Signal 9 (SIGKILL)" in stderr
-    assert "error: the processes lost touch" in stderr or "Signal 15 (SIGTERM)" in stderr
-    assert "[rank" not in stderr  # no traceback of ours
     saved = load(tmp_path / "run/last.pt")
     shorter = saved["args"] | dict(epochs=saved["epoch"] + 1)
     torch.save(saved | dict(args=shorter), tmp_path / "run/last.pt")
@@ -687,26 +624,26 @@ BAD_FLAGS = {
     "--data {root} --skipless --beta 1": "--beta is not part of --init identity",
     "--data {root} --skipless --pool cls --model tiny --depth 0": "--depth: must be at least 1",
     "--data {root} --skipless --init paper --c 0": "--c: must be positive; it is 0",
-    "--data {root} --skipless --init paper --alpha 0 --beta 0": "at least one of alpha and beta",
+    "--data {root} --skipless --init paper --alpha 0 --beta 0": "alpha and beta not negative and not both 0",
     "--data {root} --warmup-epochs 2": "must be less than --epochs",
     "--data {root} --lr 0": "--lr: must be positive",
     "--data {root} --pos-embed-std inf": "must not be negative; it is inf",
-    "--data {root} --epochs x": "argument --epochs: invalid count value",
+    "--data {root} --epochs x": "argument --epochs: invalid int value",
     "--data {root} --epochs 1 --warmup-epochs 0.95": "leaves no step",
     "--data {root} --out {root}/val/class0/00.png": "cannot write into this folder",
     "--resume {done}/runs/a/last.pt --data {done}/other": "had 60 .*, this folder has 59; give",
-    "--resume {done}/runs/a/last.pt --data {done}/renamed": r"has others, as many \(60\); give",
+    "--resume {done}/runs/a/last.pt --data {done}/renamed": "this folder has 60 others; give",
     "--data {root} --out=": "--out: must name a file or folder",
     "--data=": "--data: must name a file or folder",  # as an unset variable gives
     "--data {root} --resume=": "--resume: must name a file or folder",
     "--eval=": "--eval: must name a file or folder",
     "--resume {done}/runs/b/older.pt": "overwrite the last.pt beside it; add --out NEW",
-    "--resume {done}/runs/a/last.pt --data {done}/changed": r"has others, as many \(60\); give",
-    "--skipless --attention e-spa --image-size 8": "keeps tokens apart, and here is one",
+    "--resume {done}/runs/a/last.pt --data {done}/changed": "this folder has 60 others; give",
+    "--skipless --attention e-spa --image-size 8": "needs more than one token",
     "--resume {done}/runs/a/last.pt --out {done}/runs/b": "holds a run already",
     "--data {root} --ema 1": r"--ema: must lie in \[0, 1\)",
     "--data {root} --seed 4294967296": "must lie in 0 .. 2",
-    "--data {root} --workers 257": "--workers 257 would fill the machine",
+    "--data {root} --workers 257": "--workers: must lie in 0 .. 256; it is 257",
     "--data {root} --out {done}/runs/a": "holds a run already",
     "--resume nowhere.pt": "nowhere.pt: no such file",
     "--resume {done}/runs/a": r"no such file; .*runs/a/last.pt\?",
@@ -743,144 +680,20 @@ def test_bad_flags_end_in_one_line(
     assert_fails_in_one_line(done, BAD_FLAGS[flags])
 
 
-BAD_SETTINGS = {
-    "lr": (-1.0, "--lr: must be positive; it is -1.0"),
-    "epochs": ("soon", "--epochs: invalid count value: 'soon'"),
-    "batch_size": (None, "--batch-size is None"),
-    "seed": (False, "--seed is False"),
-    "model": ("huge", "--model: invalid choice: 'huge'"),
-    "colour": ("red", "unknown setting colour"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_SETTINGS)
-def test_settings_in_a_checkpoint_are_checked_like_flags(
-    name, finished, tmp_path, monkeypatch, capsys
-):
-    value, words = BAD_SETTINGS[name]
-    content = load(finished[0] / "runs/a/last.pt")
-    torch.save(content | dict(args=content["args"] | {name: value}), tmp_path / "bad.pt")
-    for flag in ("--resume", "--eval"):
-        done = run_here(train_cls.main, [flag, "bad.pt"], tmp_path, monkeypatch, capsys)
-        assert_fails_in_one_line(done, f"bad.pt is damaged: .*{re.escape(words)}")
-
-
-DAMAGED = {
-    "script": (lambda c: dict(script="train\ncls"), "was written by train cls, not by train_cls"),
-    "optimizer": (lambda c: dict(optimizer={}), "damaged"),
-    "moments": (lambda c: dict(optimizer=with_moment(c, torch.zeros(7))), "damaged"),
-    "averages": (lambda c: dict(ema=[1]), "it has no ema"),
-    "no averages": (lambda c: dict(ema=torch.ones(3)), "it has no ema"),
-    "a basis": (lambda c: dict(optimizer=with_moment(c, torch.zeros(3), "basis_L")), "damaged"),
-    "a factor": (
-        lambda c: dict(optimizer=with_moment(c, torch.zeros(64, 64).half(), "factor_L")),
-        "damaged",
-    ),
-    "a rate": (lambda c: dict(optimizer=with_rate(c, [])), r"damaged \(TypeError"),
-    "history": (lambda c: dict(history=[]), "its history is not of its epochs"),
-    "a row": (lambda c: dict(history=[*c["history"][:1], dict(epoch=2, top1="x")]), "its history"),
-    "half a row": (
-        lambda c: dict(history=[*c["history"][:1], dict(epoch=2)]),
-        "its history is not",
-    ),
-    "step": (lambda c: dict(step=10**9), "its history is not of its epochs"),
-    "settings": (lambda c: dict(args=without(c["args"], "lr")), "damaged: no setting lr"),
-    "size": (lambda c: dict(args=c["args"] | dict(image_size=24)), "image_size is not that of its"),
-    "model": (lambda c: dict(model=c["model"] | {3: torch.ones(1)}), "not those of its model_conf"),
-    "skips": (
-        lambda c: dict(model_config=c["model_config"] | dict(residual=True)),
-        "kind of blocks is not",
-    ),
-    "heads": (
-        lambda c: dict(model_config=c["model_config"] | dict(num_heads=4)),
-        "num_heads is not that of its settings",
-    ),
-    "another init": (
-        lambda c: dict(args=c["args"] | dict(init="identity")),
-        "diagonal_bias is not",
-    ),
-    "flags": (lambda c: dict(args=c["args"] | dict(eval="x")), "unknown setting eval"),
-    "a number for a flag": (lambda c: dict(args=c["args"] | {3: 1}), "unknown setting 3"),
-    "no epoch": (lambda c: dict(history=[{}, *c["history"]]), "its history is not"),
-    "a large number": (
-        lambda c: dict(history=[c["history"][0] | dict(loss=10**400), c["history"][1]]),
-        "its history is not",
-    ),
-    "no sum": (lambda c: dict(sums=dict(loss=1.0, grad_norm=None)), "its history is not"),
-    "classes": (
-        lambda c: dict(
-            model=c["model"] | {"head.weight": torch.zeros(3, 64), "head.bias": torch.zeros(3)},
-            model_config=c["model_config"] | dict(num_classes=3),
-        ),
-        "num_classes is not that of its settings",
-    ),
-    "channels": (
-        lambda c: dict(
-            model=c["model"] | {"patch_embed.weight": c["model"]["patch_embed.weight"][:, :1]},
-            model_config=c["model_config"] | dict(in_channels=1),
-        ),
-        "in_channels is not that of its settings",
-    ),
-    "no tat": (lambda c: dict(args=c["args"] | dict(activation="tat")), "kind of blocks is not"),
-    "no std": (
-        lambda c: dict(model_config=without(c["model_config"], "pos_embed_std")),
-        "pos_embed_std is not that of its settings",
-    ),
-    "integers": (lambda c: dict(model={k: x.int() for k, x in c["model"].items()}), "damaged"),
-}
-
-
-def with_moment(checkpoint: dict, moment: torch.Tensor, name: str = "exp_avg") -> dict:
-    kept = copy.deepcopy(checkpoint["optimizer"])
-    kept["state"][1][name] = moment
-    return kept
-
-
-def with_rate(checkpoint: dict, rate) -> dict:
-    kept = copy.deepcopy(checkpoint["optimizer"])
-    kept["param_groups"][0]["lr"] = rate
-    return kept
-
-
-def without(settings: dict, name: str) -> dict:
-    return {key: value for key, value in settings.items() if key != name}
-
-
-@pytest.mark.parametrize("part", DAMAGED)
-def test_a_checkpoint_with_a_damaged_part_ends_in_one_line(
+@pytest.mark.parametrize("part", ["optimizer", "model", "step", "sums"])
+def test_a_checkpoint_of_another_version_ends_in_one_line(
     part, finished, tmp_path, monkeypatch, capsys
 ):
-    change, words = DAMAGED[part]
+    """Parts that do not fit this network, or are not there."""
     content = load(finished[0] / "runs/a/last.pt")
-    torch.save(content | change(content), tmp_path / "last.pt")
+    others = dict(optimizer=torch.optim.SGD([torch.zeros(3)]).state_dict(), model=content["ema"])
+    if part in others:
+        content[part] = others[part]
+    else:
+        del content[part]
+    torch.save(content, tmp_path / "last.pt")
     done = run_here(train_cls.main, ["--resume", "last.pt"], tmp_path, monkeypatch, capsys)
-    assert_fails_in_one_line(done, words)
-
-
-def test_a_checkpoint_that_says_it_is_a_giant_takes_no_memory(
-    finished, tmp_path, monkeypatch, capsys
-):
-    """A network of that width would take 6 GB and a minute."""
-    content = load(finished[0] / "runs/a/last.pt")
-    wide = content["model_config"] | dict(dim=2**13)
-    torch.save(content | dict(model_config=wide), tmp_path / "giant.pt")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    done = run_here(train_cls.main, ["--eval", "giant.pt"], tmp_path, monkeypatch, capsys)
-    assert_fails_in_one_line(done, "giant.pt is damaged: its weights are not those of its model")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
-
-
-def test_adamw_s_state_is_checked_too(image_root, tmp_path, monkeypatch, capsys):
-    """torch takes any; with moments of another size its fused step breaks the interpreter."""
-    words = ["--data", image_root, *SMALL, "--opt", "adamw", "--epochs", "1", "--out", "run"]
-    run_main(train_cls.main, [*words, "--warmup-epochs", "0"], tmp_path, monkeypatch)
-    whole, path = load(tmp_path / "run/last.pt"), tmp_path / "run/last.pt"
-    capsys.readouterr()
-    integers = whole["optimizer"]["state"][1]["exp_avg"].long()
-    for name, moment in (("exp_avg_sq", torch.zeros(7)), ("exp_avg", integers)):
-        torch.save(whole | dict(optimizer=with_moment(whole, moment, name)), path)
-        done = run_here(train_cls.main, ["--resume", path], tmp_path, monkeypatch, capsys)
-        assert_fails_in_one_line(done, r"damaged \(TypeError: state\)")
+    assert_fails_in_one_line(done, "last.pt is damaged or of another version")
 
 
 BAD_FOLDERS = {
@@ -890,11 +703,8 @@ BAD_FOLDERS = {
     "other classes": r"same classes; only in train: \['class1'\], only in val: \['class9'\]",
     "text": r"cannot read image .*00\.png",
     "cut short": r"cannot read image .*00\.png",
-    "integers": r"image .*00\.tiff has 32 bits a pixel; save it with 8 or 16",
-    "fractions": r"image .*00\.tiff has 32 bits a pixel; save it with 8 or 16",
-    "pipe": r"cannot read image .*00\.png \(a pipe\); remove it",
-    "link upward": r"class1/up is the same folder as .*train; remove one of the links",
-    "links in a ring": r"is the same folder as .*; remove one of the links",
+    "integers": r"image .*00\.tiff has 32 bits per pixel; save it with 8 or 16",
+    "fractions": r"image .*00\.tiff has 32 bits per pixel; save it with 8 or 16",
 }
 
 
@@ -918,14 +728,6 @@ def test_bad_folders_end_in_one_line(damage, tmp_path, monkeypatch, capsys):
         image.write_bytes(image.read_bytes()[:-200])
     elif damage in ("integers", "fractions"):
         Image.open(image).convert("IF"[damage == "fractions"]).save(image.with_suffix(".tiff"))
-    elif damage == "pipe":
-        image.unlink()
-        os.mkfifo(image)
-    elif damage == "link upward":  # other classes' images under this label
-        (root / "train/class1/up").symlink_to(root / "train")
-    elif damage == "links in a ring":  # no end of them
-        (root / "train/class0/x").symlink_to(root / "train/class1")
-        (root / "train/class1/y").symlink_to(root / "train/class0")
     done = run_here(train_cls.main, ["--data", root, *SMALL], tmp_path, monkeypatch, capsys)
     assert_fails_in_one_line(done, BAD_FOLDERS[damage])
     assert not (tmp_path / "runs").exists()  # nothing was begun
@@ -993,7 +795,7 @@ def test_what_autograd_keeps_is_counted_and_let_go():
         held.append(weakref.ref(hidden))
         return nn.functional.gelu(hidden).softmax(-1)
 
-    assert engine.saved_bytes(lambda: forward(2)) - engine.saved_bytes(lambda: forward(1)) == 4 * (
+    assert memory.saved_bytes(lambda: forward(2)) - memory.saved_bytes(lambda: forward(1)) == 4 * (
         d + h + h
     )
     assert [reference() for reference in held] == [None, None]
@@ -1008,18 +810,18 @@ def test_memory_is_told_before_the_first_step(capsys, monkeypatch):
         fixed = 4 * weights  # they, their gradients, two moments
         if opt == "soap":  # two factors and two bases, of two matrices
             fixed += 4 * 2 * 2 * (d**2 + h**2)
-        engine.say_memory(net, [(d,)], 10_000, opt, cpu, "off")
+        memory.say_memory(net, [(d,)], 10_000, opt, cpu, "off")
         told = re.findall(r"[\d.]+(?= GB| MB)", capsys.readouterr().out)
         total = fixed + 10_000 * an_image
         assert told == [f"{total / 1e9:.2f}", f"{an_image / 1e6:.1f}", f"{fixed / 1e9:.2f}"]
     long = nn.Linear(2, 20_000, bias=False)  # whose long side gets no factor
-    engine.say_memory(long, [(2,)], 1, "soap", cpu, "off")
+    memory.say_memory(long, [(2,)], 1, "soap", cpu, "off")
     assert " 0.00 GB for weights" in capsys.readouterr().out
     wide = nn.Linear(4000, 4000, bias=False)
     for processes, state in ((1, 6), (2, 3)):  # copies: two moments, two factors, two bases; shared
         for name, value in (("initialized", True), ("world_size", processes), ("rank", 0)):
             name = f"is_{name}" if value is True else f"get_{name}"
-            monkeypatch.setattr(engine.dist, name, lambda value=value: value)
-        engine.say_memory(wide, [(4000,)], 1, "soap", cpu, "off")
+            monkeypatch.setattr(memory.dist, name, lambda value=value: value)
+        memory.say_memory(wide, [(4000,)], 1, "soap", cpu, "off")
         expected = (2 + state) * 4 * 4000**2 / 1e9  # and weights and gradients
         assert f" {expected:.2f} GB for weights" in capsys.readouterr().out

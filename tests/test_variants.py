@@ -1,10 +1,11 @@
-"""The variants: each part against its formula, kernels that shaped attentions keep, the table."""
+"""The variants: each part against its formula, the kernels of SPA, the initial weights, names."""
 
 import argparse
 import copy
 import json
 import math
 import re
+import sys
 
 import pytest
 import torch
@@ -13,23 +14,20 @@ from conftest import SMALL, run_main
 from einops import rearrange
 from torch import nn
 
-import cli
-import files
 import jacobian_probe
-import jacobians
-import networks
-import pictures
 import train_cls
 import train_ssl
-import variants
+from beyond import arms, variants
+from beyond.variants import kernels, start_, tat_after, tat_correlation, tat_slope, vary_
 from minskip import ViT
-from variants import kernels, start_, tat_after, tat_correlation, tat_slope, vary_
+from support import files, pictures
+from support.errors import UserError
 
 DIM, HEADS = 32, 4
 
 
 def vit(side: int = 4, depth: int = 3, residual: bool = False, pool: str = "mean", **varied) -> ViT:
-    """A small network on a grid of side x side patches of 2 px, its weights as the table says."""
+    """A small network on side x side patches of 2 px, with the weights of the table."""
     torch.manual_seed(0)
     shape = dict(dim=DIM, depth=depth, num_heads=HEADS, residual=residual, pool=pool)
     return start_(vary_(ViT(2 * side, 2, 5, **shape), **varied))
@@ -54,11 +52,31 @@ def test_dyt_and_derf_are_their_formulas_and_start_at_a_half():
     torch.testing.assert_close(derf(x), g * torch.erf(2 * x + 0.7) + 0.3)
 
 
+@pytest.mark.parametrize(
+    "varied, numbers",
+    [
+        (dict(norm="dyt"), "a beta gamma"),
+        (dict(norm="derf"), "a beta gamma s"),
+        (dict(attention="value-skipinit"), "alpha beta"),
+        (dict(attention="shaped"), "alpha beta gamma"),
+    ],
+)
+def test_what_is_learned(varied, numbers):
+    """The numbers are parameters of each block's norms or attention, and have gradients."""
+    model = vit(residual=True, **varied)
+    model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    for block in model.blocks:
+        for part in (block.norm1, block.norm2) if "norm" in varied else (block.attention,):
+            found = dict(part.named_parameters(recurse=False))
+            assert found.keys() == set(numbers.split())
+            assert all(p.grad.abs().max() > 0 for p in found.values())
+
+
 @pytest.mark.parametrize("norm, kind", [("rmsnorm", nn.RMSNorm), ("dyt", variants.DyT)])
 def test_a_norm_stands_in_all_places(norm, kind):
     model = vit(norm=norm)
     norms = [model.norm, *(n for b in model.blocks for n in (b.norm1, b.norm2))]
-    assert all(type(n) is kind for n in norms)
+    assert all(type(n) is kind for n in norms) and len(set(norms)) == 7  # none is used twice
     assert model(torch.randn(2, 3, 8, 8)).isfinite().all()
 
 
@@ -77,6 +95,9 @@ def test_post_norm_written_out(residual):
     x, r = torch.randn(2, 16, DIM), float(residual)
     y = block.norm1(r * x + block.attention(x))
     torch.testing.assert_close(block(x), block.norm2(r * y + block.mlp(y)))
+    if residual:  # and drop-path drops both branches
+        block.drop_path = nn.Dropout(1.0)
+        torch.testing.assert_close(block(x), block.norm2(block.norm1(x)))
 
 
 def test_without_skips_post_is_pre_shifted_by_one_norm():
@@ -95,7 +116,7 @@ def test_without_skips_post_is_pre_shifted_by_one_norm():
 
 
 def mixing_matrix(attention: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What the attention does with values, (batch, head, token, token), by probing it units."""
+    """What the attention does to values, (batch, head, token, token), probed with unit vectors."""
     q, k, _ = attention.queries_keys_values(x)
     n = x.shape[1]
     v = torch.eye(n).expand(len(x), attention.num_heads, n, n)
@@ -139,25 +160,14 @@ def test_value_skipinit_and_shaped_start_as_the_identity_and_are_their_formulas(
 # ---- the kernels of u-spa and e-spa --------------------------------------------------------------
 
 
-def e_spa_causal(n: int, gamma: float, before: float) -> torch.Tensor:
-    """A for causal tokens in a line in closed form, He et al. 2023; both gammas finite."""
-    lam, lam_before = math.exp(-gamma), math.exp(-before)
-    ratio = math.sqrt(1 - lam**2) / math.sqrt(1 - lam_before**2)
-    A = torch.zeros(n, n, dtype=torch.float64)
-    A[0, 0] = 1
-    for i in range(1, n):
-        A[i, i] = ratio
-        A[i, 0] = lam ** (i - 1) * (lam - lam_before * ratio)
-        for j in range(1, i):
-            A[i, j] = ratio * lam ** (i - j - 1) * (lam - lam_before)
-    return A
-
-
-def test_the_causal_e_spa_in_closed_form_is_cholesky_s():
-    for gamma, before in ((0.3, 0.5), (0.05, 2.0)):
-        L, L_before = (torch.linalg.cholesky(variants.line_kernel(12, g)) for g in (gamma, before))
-        A = e_spa_causal(12, gamma, before)
-        torch.testing.assert_close(A, L @ L_before.inverse(), atol=1e-11, rtol=0)
+def test_the_kernel_of_a_line_and_its_powers():
+    gamma, n = 0.3, 7
+    Sigma = torch.tensor([[math.exp(-gamma * abs(i - j)) for j in range(n)] for i in range(n)])
+    for power, product in ((1.0, Sigma), (0.5, Sigma), (-1.0, torch.eye(n)), (-0.5, torch.eye(n))):
+        found = variants.line_kernel(n, gamma, power)
+        found = found @ found if abs(power) == 0.5 else found
+        found = found @ Sigma.double() if power < 0 else found
+        torch.testing.assert_close(found, product.double(), atol=1e-6, rtol=0)
 
 
 def test_u_spa_is_a_scaled_softmax_of_a_diagonal():
@@ -166,16 +176,6 @@ def test_u_spa_is_a_scaled_softmax_of_a_diagonal():
     Sigma, Sigma_before = ((1 - r) * torch.eye(n, dtype=torch.float64) + r for r in (rho, before))
     A = D * B.softmax(-1)
     torch.testing.assert_close(A @ Sigma_before @ A.T, Sigma, atol=1e-11, rtol=0)
-
-
-def test_the_own_share_of_a_softmax_with_a_bias_on_its_diagonal():
-    """softmax(b I) is the mean's projection plus a share of the rest, off the mean direction."""
-    n, b = 197, 5.0
-    A = (b * torch.eye(n, dtype=torch.float64)).softmax(-1)
-    share = (math.exp(b) - 1) / (math.exp(b) + n - 1)
-    assert share == pytest.approx(0.428013, abs=1e-6)
-    S = torch.linalg.eigvalsh(A)
-    assert S[:-1].tolist() == pytest.approx([share] * (n - 1)) and S[-1] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("side, gamma", [(4, 0.282), (8, 0.142), (14, 0.082)])
@@ -195,8 +195,8 @@ def own_kernel(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["u-spa", "e-spa"])
 @pytest.mark.parametrize("rows, columns", [(4, 4), (3, 6)])
 def test_the_kernel_after_a_hundred_layers(name, rows, columns):
-    """In float32, through the modules themselves, W_V and W_O orthogonal; also on another grid than
-    the network was built for."""
+    """In float32, through the modules themselves, with orthogonal W_V and W_O; also on another grid
+    than the network was built for."""
     depth, n = 100, rows * columns
     torch.manual_seed(0)
     model = vary_(ViT(8, 2, 5, dim=DIM, depth=depth, num_heads=HEADS, pool="mean"), attention=name)
@@ -213,13 +213,16 @@ def test_the_kernel_after_a_hundred_layers(name, rows, columns):
     assert (own_kernel(x) - Sigma).abs().max() < 1e-4
 
 
-def test_every_block_of_e_spa_keeps_the_same_share_of_a_and_begins_with_independent_tokens():
+def test_every_block_loses_the_same_fraction_and_the_first_sees_independent_tokens():
     gammas = kernels("e-spa", 10, 5, 5)
     a = [math.sqrt(1 - math.exp(-2 * gamma)) for gamma in gammas]
     assert a[0] == 1  # independent tokens
     assert [x / y for x, y in zip(a[1:], a)] == pytest.approx([a[1]] * 10)
     rho = kernels("u-spa", 10, 5, 5)
-    assert rho[0] == 0 and rho[-1] == pytest.approx(0.5) and rho == sorted(rho)
+    ratios = [(1 - x) / (1 - y) for x, y in zip(rho[1:], rho)]
+    assert (
+        rho[0] == 0 and rho[-1] == pytest.approx(0.5) and ratios == pytest.approx([ratios[0]] * 10)
+    )
 
 
 # ---- activation ----------------------------------------------------------------------------------
@@ -234,8 +237,9 @@ def test_what_a_slope_makes_of_independent_tokens(layers, eta, slope):
 
 
 def test_tat_s_slope_leads_to_nine_tenths_of_what_relu_reaches():
-    """Which after 12 layers is 0.897: a correlation of 0.9, the source's, is out of reach."""
-    assert tat_after(12, 0.0) == pytest.approx(0.897, abs=5e-4)
+    """ReLU, and so any slope, reaches the source's 0.9 only with more than 12 layers."""
+    reached = [tat_after(layers, 0.0) for layers in (12, 13, 24)]
+    assert reached == pytest.approx([0.897, 0.907, 0.961], abs=5e-4)
     for layers in (2, 12, 24):
         assert tat_after(layers, tat_slope(layers)) == pytest.approx(0.9 * tat_after(layers, 0.0))
 
@@ -256,11 +260,15 @@ def correlation(x: torch.Tensor) -> float:
     return ((x.sum(0).square().sum() - n) / (n * (n - 1))).item()
 
 
-@pytest.mark.parametrize("attention", ["e-spa", "u-spa", "shaped"])
-def test_a_vanilla_vit_keeps_scale_and_tokens_apart_where_a_plain_one_does_not(attention):
-    """No skip, no norm, 12 blocks at width 128. The attention alone would end at a correlation of
-    0.5 (shaped: 0), tat alone at 0.8; together they come to 0.85 .. 0.96, and a token's mean square
-    from 1 to 1 .. 3.4. With the usual parts all tokens are alike, and gone, after two blocks."""
+@pytest.mark.parametrize(
+    "attention, least, most", [("e-spa", 0.9, 0.98), ("u-spa", 0.9, 0.98), ("shaped", 0.6, 0.95)]
+)
+def test_a_vanilla_vit_keeps_scale_and_tokens_apart_where_a_plain_one_does_not(
+    attention, least, most
+):
+    """No skip, no norm, 12 blocks at width 128. Attention alone would end at a correlation of 0.5
+    (shaped: 0), tat alone at 0.8, and both together come further; a token's mean square stays near
+    1. With the usual parts all tokens are alike, and nearly zero, after two blocks."""
 
     def tokens(**varied) -> list[torch.Tensor]:
         torch.manual_seed(0)
@@ -270,12 +278,25 @@ def test_a_vanilla_vit_keeps_scale_and_tokens_apart_where_a_plain_one_does_not(a
             return [x[0] for x in model.forward_features(torch.randn(1, 3, 16, 16), [0, 2, 12])]
 
     *_, last = tokens(attention=attention, activation="tat")
-    assert 0.5 < last.square().mean() < 5 and 0.5 < correlation(last) < 0.98
+    assert 0.5 < last.square().mean() < 5 and least < correlation(last) < most
     first, early, _ = tokens()
     assert correlation(early) > 0.999 and early.square().mean() < 1e-9 * first.square().mean()
 
 
 # ---- the table, refusals, copies -----------------------------------------------------------------
+
+
+def test_all_weights_are_drawn_by_the_generator():
+    for varied in (dict(attention="e-spa"), dict(activation="tat")):
+        model = vit(**varied)
+        first, again, other = (
+            copy.deepcopy(start_(model, torch.Generator().manual_seed(seed)).state_dict())
+            for seed in (3, 3, 4)
+        )
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        changed = " ".join(name for name in first if not torch.equal(first[name], other[name]))
+        assert "fc1.weight" in changed and "fc2.weight" in changed
+        assert ("W_V.weight" in changed) == ("W_O.weight" in changed) == ("attention" in varied)
 
 
 @pytest.mark.parametrize("name", variants.STARTS)
@@ -309,6 +330,7 @@ def test_tat_s_mlps_are_orthogonal_with_any_attention():
     [
         (dict(attention="e-spa", pool="cls"), "class token has no place"),
         (dict(attention="u-spa", pool="cls"), "class token has no place"),
+        (dict(attention="e-spa", side=1), "more than one token"),
         (dict(norm="none", placement="post"), "nothing to place"),
         (dict(activation="tat", residual=True), "without skips"),
     ],
@@ -319,7 +341,7 @@ def test_combinations_without_meaning_are_refused(varied, words):
 
 
 def test_a_copy_knows_its_own_grid():
-    """A teacher or an average of weights is a copy; local crops have another grid."""
+    """DINO's teacher and averaged weights are copies, and local crops have another grid."""
     model = vit(attention="e-spa")
     twin = copy.deepcopy(model)
     large, small = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 4, 6)
@@ -331,26 +353,32 @@ def test_a_copy_knows_its_own_grid():
 
 # ---- from the command line -----------------------------------------------------------------------
 
-VANILLA = "--skipless --norm none --attention e-spa --activation tat".split()
+VANILLA = "--skipless --norm none --attention e-spa --activation tat"
 
 
-def settled(*words: str) -> argparse.Namespace:
-    p, _ = cli.trainer_flags("", train_cls.DEMO, train_cls.FOLDER, train_cls.SKIPLESS)
-    layers = train_cls.DEMO, train_cls.FOLDER, train_cls.SKIPLESS
-    return cli.settle(vars(p.parse_args(words)), *layers, None, set())
+def settled(monkeypatch, *words: str) -> argparse.Namespace:
+    monkeypatch.setattr(sys, "argv", ["train_cls.py", *words])
+    return train_cls.read_settings()[0]
 
 
-def test_a_variant_without_skips_takes_the_paper_s_init_and_what_else_it_needs():
-    assert settled("--skipless").init == "identity" and settled("--norm", "dyt").init == "default"
-    dyt = settled("--skipless", "--norm", "dyt")
-    assert (dyt.init, dyt.c, dyt.pool) == ("paper", 3.0, "cls")
-    assert dyt.lr == train_cls.SKIPLESS["lr"]["paper"]["soap"]
-    vanilla = settled(*VANILLA)
-    assert (vanilla.init, vanilla.c, vanilla.pool) == ("paper", 1.0, "mean")
-    assert settled(*VANILLA, "--pool", "cls").pool == "cls"
-    assert settled("--skipless", "--norm", "none", "--c", "2").c == 2.0
-    assert settled("--skipless", "--attention", "shaped").c == 1.0
-    assert settled(*VANILLA, "--init", "default").init == "default"
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("--skipless", dict(init="identity")),
+        ("--norm dyt", dict(init="default")),
+        ("--skipless --norm dyt", dict(init="paper", c=3.0, pool="cls")),
+        (VANILLA, dict(init="paper", c=1.0, pool="mean")),
+        (f"{VANILLA} --pool cls", dict(pool="cls")),
+        (f"{VANILLA} --init default", dict(init="default")),
+        ("--skipless --norm none --c 2", dict(c=2.0)),
+        ("--skipless --attention shaped", dict(c=1.0)),
+    ],
+)
+def test_a_variant_without_skips_takes_the_paper_s_init_and_what_else_it_needs(
+    words, expected, monkeypatch
+):
+    settings = vars(settled(monkeypatch, *words.split()))
+    assert {name: settings[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -362,55 +390,54 @@ def test_a_variant_without_skips_takes_the_paper_s_init_and_what_else_it_needs()
         ("--attention u-spa --beta 1", "--beta is not part of --attention u-spa"),
     ],
 )
-def test_constants_that_an_attention_does_not_take_are_refused(words, dead, capsys):
-    with pytest.raises(SystemExit):
-        settled("--skipless", *words.split())
-    assert dead in capsys.readouterr().err
-    assert settled("--skipless", "--attention", "value-skipinit", "--alpha", "1").alpha == 1.0
+def test_constants_that_an_attention_does_not_take_are_refused(words, dead, monkeypatch):
+    with pytest.raises(UserError, match=dead):
+        settled(monkeypatch, "--skipless", *words.split())
 
 
-def test_arms_are_named_by_what_differs():
-    args = settled(*VANILLA)
-    name = networks.arm_of(args)
-    assert name == "skipless-paper+none+e-spa+tat" == networks.arm(name)
-    assert networks.parts_of(name) == (
-        "skipless-paper",
-        dict(norm="none", attention="e-spa", activation="tat"),
-    )
-    assert networks.arm_of(settled()) == networks.arm("residual")
+def test_arms_are_named_by_what_differs(monkeypatch):
+    name = arms.arm_of(settled(monkeypatch, *VANILLA.split()))
+    assert name == "skipless-paper+none+e-spa+tat" == arms.ARM(name)
+    parts = dict(norm="none", attention="e-spa", activation="tat")
+    assert arms.parts_of(name) == ("skipless-paper", parts)
+    assert arms.arm_of(settled(monkeypatch)) == arms.ARM("residual")
     for wrong in ("residual+gelu+tat", "residual+relu", "skipless", "dyt", "residual+"):
-        with pytest.raises(
-            argparse.ArgumentTypeError, match=f"^{re.escape(wrong)} is no arm: resid"
-        ):
-            networks.arm(wrong)
+        with pytest.raises(argparse.ArgumentTypeError, match=f"^{re.escape(wrong)} is no"):
+            arms.ARM(wrong)
 
 
 @pytest.mark.parametrize("script", [train_cls, train_ssl])
 def test_a_variant_trains_and_comes_back_from_its_checkpoint(
     script, image_root, tmp_path, monkeypatch, capsys
 ):
-    """DINO's local crops have another grid than its global ones, its teacher is a copy."""
-    words = [*SMALL, *VANILLA, "--epochs", "1", "--warmup-epochs", "0", "--data", image_root]
+    """DINO's local crops have another grid than its global ones, and its teacher is a copy."""
+    words = [
+        *SMALL,
+        *VANILLA.split(),
+        "--epochs",
+        "1",
+        "--warmup-epochs",
+        "0",
+        "--data",
+        image_root,
+    ]
     words += ["--prototypes", "16"] if script is train_ssl else ["--mixup", "0", "--cutmix", "0"]
-    words += ["--checkpoint-activations"]  # computed again, it is for the crops' own grid
+    words += ["--checkpoint-activations"]  # each crop's must be computed again on its own grid
     run_main(script.main, [*words, "--out", tmp_path / "run"], tmp_path, monkeypatch)
     checkpoint = files.load_checkpoint(str(tmp_path / "run/last.pt"))
     images = torch.randn(2, 3, 16, 16)
-    again = networks.trained_vit(checkpoint)(images)
-    fresh = networks.untrained_vit(checkpoint)
+    again = arms.trained_vit(checkpoint)(images)
+    fresh = arms.untrained_vit(checkpoint)
     assert not torch.equal(again, fresh(images))
     block = fresh.blocks[0]
     assert isinstance(block.norm1, nn.Identity) and isinstance(block.attention, variants.SPA)
     assert isinstance(block.mlp.activation, variants.LeakyTAT)
+    own = ("residual", *variants.STANDARD)
+    shape = {name: value for name, value in fresh.config.items() if name not in own}
     torch.manual_seed(0)
     constants = [checkpoint["args"][name] for name in ("alpha", "beta", "c")]
-    built = networks.fresh_arm("skipless-paper+none+e-spa+tat", *constants, **shape_of(fresh))
+    built = arms.fresh_arm("skipless-paper+none+e-spa+tat", *constants, **shape)
     torch.testing.assert_close(built.state_dict(), fresh.state_dict())
-
-
-def shape_of(model: ViT) -> dict:
-    own = ("residual", *variants.STANDARD)
-    return {name: value for name, value in model.config.items() if name not in own}
 
 
 @pytest.mark.parametrize("name", ["value-skipinit", "shaped", "u-spa", "e-spa"])
@@ -422,7 +449,7 @@ def test_the_probe_s_k_is_the_jacobian_of_the_attention(name):
         for p in attention.parameters():
             p.add_(0.3 * torch.randn_like(p))
     y, step = torch.randn(4, DIM).double(), 1e-6 * torch.randn(4, DIM).double()
-    K = jacobians.attention_jacobian(attention, y)
+    K = jacobian_probe.attention_jacobian(attention, y)
     change = (attention((y + step)[None]) - attention((y - step)[None])).flatten() / 2
     torch.testing.assert_close(K @ step.flatten(), change, rtol=1e-6, atol=1e-12)
 

@@ -1,0 +1,100 @@
+"""What pictures show, read off their figures: the right numbers, under the right title, apart."""
+
+import matplotlib.pyplot as plt
+import pytest
+
+from support import pictures
+
+ROWS = [  # epoch 1 is missing, as in the log of a run that was cut
+    dict(epoch=2, loss=2.5, val_loss=2.0, top1=11.0, knn=None),
+    dict(epoch=3, loss=1.5, val_loss=None, top1=23.0, knn=40.0),
+    dict(epoch=4, loss=0.5, val_loss=1.0, top1=35.0),
+]
+PANELS = dict(loss="training loss", val_loss="validation loss", top1="val top-1, %", knn="k-NN, %")
+
+
+@pytest.fixture
+def caught(monkeypatch) -> list:
+    """The figures that would have been saved."""
+    figures = []
+
+    def catch(figure, path, needed=True):
+        figures.append(figure)
+        plt.close(figure)
+
+    monkeypatch.setattr(pictures, "save_figure", catch)
+    return figures
+
+
+def points(line) -> list[tuple[float, float]]:
+    return [tuple(xy) for xy in line.get_xydata().tolist()]
+
+
+def test_a_log_is_drawn_against_its_epochs_each_key_under_its_title(caught):
+    pictures.draw_curves("path", "cls-nano-residual-soap-seed0", ROWS, PANELS)
+    [figure] = caught
+    loss, top1, knn = figure.axes
+    assert [ax.get_title() for ax in figure.axes] == ["loss", "val top-1, %", "k-NN, %"]
+    assert all(ax.get_xlabel() == "epoch" for ax in figure.axes)
+    training, validation = loss.get_lines()
+    assert points(training) == [(2, 2.5), (3, 1.5), (4, 0.5)]
+    assert points(validation) == [(2, 2.0), (4, 1.0)]  # null in epoch 3
+    assert training.get_linestyle() != validation.get_linestyle()
+    legend = loss.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["training loss", "validation loss"]
+    styles = [line.get_linestyle() for line in legend.get_lines()]
+    assert styles == [training.get_linestyle(), validation.get_linestyle()]
+    assert points(top1.get_lines()[0]) == [(2, 11), (3, 23), (4, 35)]
+    assert points(knn.get_lines()[0]) == [(3, 40)]  # null in epoch 2, missing in epoch 4
+    assert knn.get_lines()[0].get_marker() == "."  # or a single point would not be seen
+    assert {line.get_color() for ax in figure.axes for line in ax.get_lines()} == {"#0072b2"}
+    assert figure.get_suptitle() == "cls-nano-residual-soap-seed0"
+
+
+def test_one_loss_keeps_its_title_and_a_log_without_numbers_is_drawn_too(caught):
+    pictures.draw_curves("path", "r", ROWS[:1], dict(loss="training loss", knn="k-NN, %"))
+    assert [ax.get_title() for ax in caught[0].axes] == ["training loss", "k-NN, %"]
+    assert points(caught[0].axes[1].get_lines()[0]) == []
+
+
+def test_any_name_of_a_folder_can_be_written(tmp_path, recwarn):
+    pictures.draw_curves(tmp_path / "a.png", "ü$x^{$ 训练", ROWS, PANELS)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG") and not recwarn.list
+
+
+def test_colours_do_not_coincide():
+    """Runs of one arm have shades of its colour; names without an arm take the other colours."""
+    names = ["mine", "cls-residual-soap-seed0", "cls-residual-soap-seed1", "residual+dyt", "yours"]
+    names += ["skipless-paper", "ssl-skipless-paper-adamw", "skipless-identity", "skipless-default"]
+    colours = {name: pictures.colour_of(name, names) for name in names}
+    assert len(set(colours.values())) == len(names)
+    assert colours["cls-residual-soap-seed0"] == pictures.ARM_COLOURS["residual"]
+    assert colours["skipless-paper"] == pictures.ARM_COLOURS["skipless-paper"]
+    assert [colours[x] for x in ("mine", "yours")] == pictures.OTHER_COLOURS[:2]
+    red, green, blue = (int(colours["residual+dyt"][i : i + 2], 16) for i in (1, 3, 5))
+    assert red < green < blue < 255 and red > 0  # between residual's blue, #0072b2, and white
+    strangers = [f"run {i}" for i in range(len(pictures.OTHER_COLOURS))]
+    assert len({pictures.colour_of(name, strangers) for name in strangers}) == len(strangers)
+
+
+def test_labels_are_what_tells_names_apart():
+    long = ["cls-nano-residual-soap-seed0", "cls-nano-skipless-paper-soap-seed0"]
+    assert list(pictures.shortened(long).values()) == ["residual", "skipless-paper"]
+    assert pictures.shortened(["cls-a-seed3"]) == {"cls-a-seed3": "cls-a"}
+    assert list(pictures.shortened(["a-b-seed0", "a-b-seed1"]).values()) == ["seed0", "seed1"]
+    assert list(pictures.shortened(["a", "a-b"]).values()) == ["a", "b"]  # never without a label
+
+
+def test_labels_stand_at_the_ends_of_lines_and_do_not_overlap():
+    figure, ax = plt.subplots()
+    ends = dict(low=(1, 2, 0.0), middle=(1, 2, 1.0), close=(1, 2, 1.01), short=(0, 1, 5.0))
+    lines = {name: ax.plot([x, end], [0, y])[0] for name, (x, end, y) in ends.items()}
+    ax.set_ylim(-1, 9)
+    assert pictures.label_ends(ax, lines, apart=0.1) == [
+        "low",
+        "middle",
+        "close",
+    ]  # short ends at 1
+    heights = {text.get_text(): text.xy for text in ax.texts}
+    assert heights == dict(low=(2, 0.1), middle=(2, 0.2), close=(2, pytest.approx(0.3)))
+    plt.close(figure)
