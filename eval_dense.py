@@ -19,14 +19,12 @@ ROOT holds train/images/*, train/masks/<the image's stem>.png, and the same unde
 which the figures are reported on. A mask is an image with one channel, whose values are class ids.
 `discover` does not read train/; it takes the true boxes from ROOT/boxes.tsv, if there is one, with
 one line per box: file relative to ROOT, x0, y0, x1, y1 in pixels, separated by tabs. Without --data
-the images are synthetic (`support/shapes.py`), with 120 px even for a network trained on 32 px,
-whose 4 x 4 patches would show no outline. Results go into OUT: segment.json, discover.json or
-picture.png. `COMMAND --help` lists the flags.
+the images are synthetic. OUT gets COMMAND.json or picture.png. `COMMAND --help` lists the flags.
 """
 
-import argparse
 import json
 import math
+from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -47,17 +45,90 @@ from support import pictures, scenes
 from support.data import ORDER, mixed_seeds, normalise
 from support.errors import UserError, errors_in_one_line
 from support.files import load_checkpoint, make_folder, write_atomically
-from support.flags import COUNT, PATH, SEED, Parser, checked
+from support.flags import COUNT, COUNT_OR_0, FRACTION, PATH, SEED, Parser
 from support.processes import progress, start_processes
 
 BATCH_SIZE = 32
 LEARNING_RATE = 3e-2  # of the probe: AdamW without decay; best of 3e-3, 1e-2, 3e-2 on a third split
-SYNTHETIC = dict(train=(1_000, "train"), reported=(500, "val"), pictured=(2, "val"))
-SYNTHETIC_SIDE = 120  # pixels
+SYNTHETIC_SIDE = 120  # pixels, even for a network trained on 32: its 4 x 4 patches show no outline
 ALIKE = 1e-3  # spread below which tokens count as alike
 
 # --------------------------------------------------------------------------------------------------
-# What is read off a network
+# Networks, images, results
+# --------------------------------------------------------------------------------------------------
+
+
+def load_networks(args: Namespace) -> dict[str, ViT]:
+    """Name -> frozen network. A checkpoint is named after its folder, or by its path if two folders
+    have the same name. It is followed by its untrained network, except for pictures."""
+    if not (args.checkpoints or args.random_init):
+        raise UserError("no network given: name checkpoints (RUN/last.pt) or add --random-init ARM")
+    models = {}
+    folders = [Path(path).resolve().parent.name for path in args.checkpoints]
+    for path, folder in zip(args.checkpoints, folders):
+        checkpoint = load_checkpoint(path)
+        name = folder if folders.count(folder) == 1 else path
+        models[name] = trained_vit(checkpoint)
+        if args.command != "picture":
+            models[f"{name}, untrained"] = untrained_vit(checkpoint)
+    for arm in args.random_init:
+        torch.manual_seed(args.seed)
+        shape = dict(image_size=32, patch_size=8, num_classes=0) | PRESETS["nano"]
+        models[f"{arm}, random"] = fresh_arm(arm, **shape)
+    for name, model in models.items():
+        if max(args.blocks or [0]) > len(model.blocks):
+            raise UserError(f"--blocks {max(args.blocks)}: {name} has only {len(model.blocks)}")
+        model.eval().requires_grad_(False).to(args.device)
+    return models
+
+
+def load_images(args: Namespace, split: str, drawn: int) -> scenes.Scenes:
+    """split: "train" or "val" (ROOT/test, if there is one). drawn: how many, if synthetic."""
+    if args.data is None:
+        return scenes.synthetic_scenes(drawn, split, max(args.image_size or [SYNTHETIC_SIDE]))
+    split = "test" if split == "val" and (args.data / "test").is_dir() else split
+    boxes_replace_masks = args.command == "discover" and (args.data / "boxes.tsv").is_file()
+    return scenes.folder_scenes(args.data, split, with_masks=not boxes_replace_masks)
+
+
+def input_size(args: Namespace, models: dict[str, ViT], first: scenes.Size) -> scenes.Size:
+    """The (height, width) that images are resized to: --image-size, or else the size of the first
+    image, rounded up to whole patches of every network."""
+    whole = math.lcm(*(model.config["patch_size"] for model in models.values()))
+    height, width = args.image_size or (math.ceil(x / whole) * whole for x in first)
+    for name, model in models.items():
+        patch, side = model.config["patch_size"], model.config["image_size"]
+        if height % patch or width % patch or height * width < 4 * patch**2:
+            rule = f"use multiples of {patch}, the patch size of {name}, and at least four patches"
+            raise UserError(f"--image-size {height} {width}: {rule}")
+        if (height, width) != (side, side) and not name.endswith(", untrained"):
+            print(f"{name}: position embedding interpolated from {side} px to {height} x {width}")
+    return height, width
+
+
+def network_inputs(images: scenes.Scenes, size: scenes.Size, device, title: str) -> Iterator:
+    """The images in order, in batches of (batch, 3, *size), under a progress bar."""
+    resize = v2.Resize(size, InterpolationMode.BICUBIC)
+    numbers = torch.arange(len(images.names)).split(BATCH_SIZE)
+    for batch in progress(numbers, title, unit=" batches"):
+        pixels = torch.stack([resize(images.image(i)) for i in batch.tolist()])
+        yield normalise(pixels.to(device))
+
+
+def write_results(args: Namespace, results: dict, figures: list[str], **facts) -> None:
+    """Write OUT/COMMAND.json, and print these figures of each result, in percent."""
+    path = args.out / f"{args.command}.json"
+    record = dict(arguments=vars(args), torch=torch.__version__, **facts, results=results)
+    text = json.dumps(record, indent=1, default=str)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+    for name, result in results.items():
+        values = (f"{figure} {result[figure]:5.1f} %" for figure in figures)
+        print(name.ljust(max(map(len, results))), *values, sep="  ")
+    print(path)
+
+
+# --------------------------------------------------------------------------------------------------
+# segment: a linear probe
 # --------------------------------------------------------------------------------------------------
 
 
@@ -75,28 +146,11 @@ def token_maps(model: ViT, images: Tensor, blocks: list[int]) -> list[Tensor]:
     ]
 
 
-def last_keys(model: ViT, images: Tensor) -> Tensor:
-    """The patches' keys in the last block, heads concatenated: (batch, patch, dim)."""
-    last, first = model.blocks[-1], model.cls_token is not None
-    [x] = model.forward_features(images, [len(model.blocks) - 1])
-    _, k, _ = last.attention.queries_keys_values(last.norm1(x))
-    return rearrange(k[:, :, first:], "batch head patch dim -> batch patch (head dim)")
-
-
-def class_attention(model: ViT, images: Tensor, block: int) -> Tensor:
-    """Attention of the class token to the patches, mean over the heads: (batch, row, column).
-
-    It sums to less than one, because the class token attends to itself too.
-    """
-    [x] = model.forward_features(images, [block - 1])
-    weights = model.blocks[block - 1].attention.weights(model.blocks[block - 1].norm1(x))
-    rows = images.shape[-2] // model.config["patch_size"]
-    return rearrange(weights[:, :, 0, 1:].mean(dim=1), "b (row col) -> b row col", row=rows)
-
-
-# --------------------------------------------------------------------------------------------------
-# segment: a linear probe
-# --------------------------------------------------------------------------------------------------
+def features_of(model: ViT, inputs: Iterable[Tensor], blocks: list[int]) -> list[Tensor]:
+    """The blocks' tokens, concatenated: (block x dim, row, column) per image. On the CPU and in
+    float16, because those of many images take gigabytes."""
+    maps = (torch.cat(token_maps(model, images, blocks), dim=1) for images in inputs)
+    return [features for batch in maps for features in batch.half().cpu()]
 
 
 def train_probe(features: list[Tensor], masks: list[Tensor], classes: int, args) -> nn.Module:
@@ -139,32 +193,55 @@ def predictions(probe: nn.Module, features, masks, device: torch.device) -> Iter
         yield F.interpolate(logits, mask.shape, mode="bilinear")[0].argmax(dim=0).cpu()
 
 
-def confusion(predicted: Iterable, masks: list[Tensor], classes: int, ignore: int) -> Tensor:
-    """Number of pixels per (true class, predicted class), without those whose truth is `ignore`."""
+def scores(predicted: Iterable, masks: list[Tensor], classes: int, ignore: int) -> dict:
+    """mIoU, pixel accuracy and the IoU of each class, in percent, and what they are computed from:
+    the number of pixels per (true class, predicted class), without those whose truth is `ignore`.
+
+    IoU = (true and predicted) / (true or predicted); None, and not in the mean, if that is 0 / 0.
+    """
     matrix = torch.zeros(classes, classes, dtype=torch.long)
     for prediction, truth in zip(predicted, masks):
         truth, prediction = truth.long(), prediction.long()  # uint8 would overflow
         pairs = (truth * classes + prediction)[truth != ignore]
         matrix += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
-    return matrix
-
-
-def scores(matrix: Tensor) -> dict:
-    """mIoU, pixel accuracy and the IoU of each class, in percent, from a confusion matrix.
-
-    IoU = (true and predicted) / (true or predicted); None, and not in the mean, if that is 0 / 0.
-    """
-    matrix = matrix.double()
-    both = matrix.diagonal()
-    iou = 100 * both / (matrix.sum(0) + matrix.sum(1) - both)
+    both, either = matrix.diagonal().double(), matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
+    iou, accuracy = 100 * both / either, 100 * both.sum() / matrix.sum()
     known = [None if math.isnan(x) else x for x in iou.tolist()]
-    accuracy = 100 * both.sum() / matrix.sum()
-    return dict(miou=iou.nanmean().item(), accuracy=accuracy.item(), iou=known)
+    figures = dict(miou=iou.nanmean().item(), accuracy=accuracy.item(), iou=known)
+    return figures | dict(confusion=matrix.tolist())
+
+
+def segment(args: Namespace, models: dict[str, ViT]) -> None:
+    train, reported = load_images(args, "train", 1000), load_images(args, "val", 500)
+    size = input_size(args, models, train.sizes[0])
+    classes = scenes.count_classes(train, reported, args.ignore)
+    make_folder(args.out)
+    print(f"{len(train.names)} training, {len(reported.names)} reported images, {classes} classes")
+    labelled = (mask[mask.long() != args.ignore] for mask in train.masks)
+    best = sum(torch.bincount(ids, minlength=classes) for ids in labelled).argmax()
+    guesses = (best.expand(mask.shape) for mask in reported.masks)
+    results = {f"class {best} everywhere": scores(guesses, reported.masks, classes, args.ignore)}
+    for name, model in models.items():
+        blocks = args.blocks or [len(model.blocks)]
+        inputs = (network_inputs(images, size, args.device, name) for images in (train, reported))
+        seen, unseen = (features_of(model, x, blocks) for x in inputs)
+        probe = train_probe(seen, train.masks, classes, args)
+        guesses = predictions(probe, unseen, reported.masks, args.device)
+        results[name] = scores(guesses, reported.masks, classes, args.ignore) | dict(blocks=blocks)
+    write_results(args, results, ["miou", "accuracy"], classes=classes, size=size)
 
 
 # --------------------------------------------------------------------------------------------------
 # discover: TokenCut (Wang et al., CVPR 2022)
 # --------------------------------------------------------------------------------------------------
+
+
+def last_keys(model: ViT, images: Tensor) -> Tensor:
+    """The patches' keys in the last block, heads concatenated: (batch, patch, dim)."""
+    last, first = model.blocks[-1], model.cls_token is not None
+    [x] = model.forward_features(images, [len(model.blocks) - 1])
+    _, k, _ = last.attention.queries_keys_values(last.norm1(x))
+    return rearrange(k[:, :, first:], "batch head patch dim -> batch patch (head dim)")
 
 
 def tokencut(keys: Tensor, rows: int, tau: float) -> Tensor:
@@ -187,11 +264,9 @@ def tokencut(keys: Tensor, rows: int, tau: float) -> Tensor:
 
 
 def corloc(objects: Iterable[Tensor], boxes: list[Tensor], sizes: list[scenes.Size]) -> float:
-    """Percentage of the images with true boxes in which the predicted object is right.
-
-    It is right if the box around it has an IoU of at least 0.5 with any true box of its image.
-    objects: (row, column) bool per image. boxes: (box, 4). sizes: (height, width) in pixels.
-    """
+    """Percentage of the images with true boxes in which the box around the predicted object has an
+    IoU of at least 0.5 with any true box. Per image: objects (row, column) bool, boxes (box, 4),
+    sizes (height, width) in pixels."""
     found = []
     for predicted, true, size in zip(objects, boxes, sizes):
         if len(true):
@@ -201,8 +276,27 @@ def corloc(objects: Iterable[Tensor], boxes: list[Tensor], sizes: list[scenes.Si
     return 100 * sum(found) / len(found)
 
 
+def discover(args: Namespace, models: dict[str, ViT]) -> None:
+    reported = load_images(args, "val", 500)
+    size = input_size(args, models, reported.sizes[0])
+    boxes = scenes.true_boxes(reported, args.data, args.ignore)
+    make_folder(args.out)
+    with_box = sum(len(b) > 0 for b in boxes)
+    print(f"{with_box} of {len(boxes)} images have a true box")
+    whole = [torch.ones(1, 1, dtype=torch.bool)] * len(boxes)
+    results = {"the whole image": dict(corloc=corloc(whole, boxes, reported.sizes))}
+    for name, model in models.items():
+        objects = (
+            tokencut(keys, size[0] // model.config["patch_size"], args.tau)
+            for images in network_inputs(reported, size, args.device, name)
+            for keys in last_keys(model, images)
+        )
+        results[name] = dict(corloc=corloc(objects, boxes, reported.sizes))
+    write_results(args, results, ["corloc"], images=with_box, size=size)
+
+
 # --------------------------------------------------------------------------------------------------
-# picture: principal components
+# picture: principal components and attention
 # --------------------------------------------------------------------------------------------------
 
 
@@ -218,195 +312,57 @@ def principal_colours(tokens: Tensor) -> Tensor:
     Each is rescaled to 0 .. 1, which would hide that tokens are alike, so those are all grey. The
     sign of a component is arbitrary: we make the token farthest from the mean positive.
     """
-    rows, columns = tokens.shape[1:]
     if spread_of(tokens) < ALIKE:
-        return torch.full((rows, columns, 3), 0.5)
+        return torch.full((*tokens.shape[1:], 3), 0.5)
     x = rearrange(tokens, "dim row col -> (row col) dim").double()
     U, S, _ = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False)
     components = (U * S)[:, :3]
-    farthest = components.gather(0, components.abs().argmax(dim=0, keepdim=True))
-    components = components * torch.where(farthest < 0, -1.0, 1.0)
-    low, high = components.amin(dim=0), components.amax(dim=0)
-    colours = (components - low) / (high - low).clamp(min=1e-12)
-    return rearrange(colours, "(row col) colour -> row col colour", row=rows)
+    low, high = components.aminmax(dim=0)
+    colours = torch.where(-low > high, high - components, components - low)
+    colours = colours / (high - low).clamp(min=1e-12)
+    return rearrange(colours, "(row col) colour -> row col colour", row=tokens.shape[1])
 
 
-# --------------------------------------------------------------------------------------------------
-# Networks and images
-# --------------------------------------------------------------------------------------------------
+def class_attention(model: ViT, images: Tensor, block: int) -> Tensor:
+    """Attention of the class token to the patches, mean over the heads: (batch, row, column).
+
+    It sums to less than one, because the class token attends to itself too.
+    """
+    rows, layer = images.shape[-2] // model.config["patch_size"], model.blocks[block - 1]
+    [x] = model.forward_features(images, [block - 1])
+    weights = layer.attention.weights(layer.norm1(x))[:, :, 0, 1:].mean(dim=1)
+    return rearrange(weights, "b (row col) -> b row col", row=rows)
 
 
-def load_networks(args: argparse.Namespace) -> dict[str, ViT]:
-    """Name -> frozen network. A checkpoint is named after its folder, or by its path if two folders
-    have the same name. It is followed by its untrained network, except for pictures."""
-    if not (args.checkpoints or args.random_init):
-        raise UserError("no network given: name checkpoints (RUN/last.pt) or add --random-init ARM")
-    models = {}
-    folders = [Path(path).resolve().parent.name for path in args.checkpoints]
-    for path, folder in zip(args.checkpoints, folders):
-        checkpoint = load_checkpoint(path)
-        name = folder if folders.count(folder) == 1 else path
-        models[name] = trained_vit(checkpoint)
-        if args.command != "picture":
-            models[f"{name}, untrained"] = untrained_vit(checkpoint)
-    for arm in args.random_init:
-        torch.manual_seed(args.seed)
-        shape = dict(image_size=32, patch_size=8, num_classes=0) | PRESETS["nano"]
-        models[f"{arm}, random"] = fresh_arm(arm, **shape)
-    return {k: model.eval().requires_grad_(False).to(args.device) for k, model in models.items()}
+def figure_columns(model: ViT, images: list, inputs: Tensor, blocks: list[int]) -> list[tuple]:
+    """(title, panels, captions) per column: the images, the tokens after each block, then the
+    attention of the class token in each block, if there is one. inputs: (image, 3, H, W)."""
+    columns = [("image", images, [""] * len(images))]
+    for block, maps in zip(blocks, token_maps(model, inputs, blocks)):
+        spreads = [spread_of(x) for x in maps.cpu()]
+        captions = [f"{'alike' if x < ALIKE else 'spread'} {x:.1g}" for x in spreads]
+        colours = [principal_colours(x).numpy() for x in maps.cpu()]
+        columns.append((f"tokens,\nblock {block}", colours, captions))
+    for block in blocks if model.cls_token is not None else []:
+        weights = class_attention(model, inputs, block).cpu().numpy()
+        captions = [f"peak {x.max() / x.mean():.1f}" for x in weights]
+        columns.append((f"attention,\nblock {block}", weights, captions))
+    return columns
 
 
-def blocks_by_network(args: argparse.Namespace, models: dict, least: int, default: int) -> dict:
-    """Name -> the blocks of --blocks, or else `default` of them, evenly spaced up to the last."""
+def picture(args: Namespace, models: dict[str, ViT]) -> None:
+    """For each network one row per image, with `figure_columns`."""
+    pictured = scenes.image_files(args.images) if args.images else load_images(args, "val", 2)
+    size = input_size(args, models, pictured.sizes[0])
+    make_folder(args.out)
+    inputs = torch.cat(list(network_inputs(pictured, size, args.device, "images")))
+    images = [pictured.image(i).permute(1, 2, 0).numpy() for i in range(len(inputs))]
     blocks = {}
     for name, model in models.items():
-        depth = len(model.blocks)
-        spaced = {math.ceil(i * depth / default) for i in range(1, default + 1)}
-        blocks[name] = args.blocks or sorted(spaced)
-        if bad := [b for b in blocks[name] if not least <= b <= depth]:
-            raise UserError(
-                f"--blocks {bad[0]}: {name} has {depth} blocks; use numbers from {least} to {depth}"
-            )
-    return blocks
-
-
-def load_images(args: argparse.Namespace, split: str) -> scenes.Scenes:
-    """split: "train", "reported" (test/ of a folder, or else its val/) or "pictured"."""
-    if args.images:
-        return scenes.image_files(args.images)
-    if args.data is None:
-        side = max(args.image_size or [SYNTHETIC_SIDE])
-        return scenes.synthetic_scenes(*SYNTHETIC[split], side)
-    if split == "reported":
-        split = "test" if (args.data / "test").is_dir() else "val"
-    boxes_replace_masks = args.command == "discover" and (args.data / "boxes.tsv").is_file()
-    return scenes.folder_scenes(args.data, split, with_masks=not boxes_replace_masks)
-
-
-def input_sizes(args: argparse.Namespace, models: dict[str, ViT], first: scenes.Size) -> dict:
-    """Name -> the (height, width) that images are resized to for the network: that of --image-size,
-    or else that of the first image, rounded up to whole patches."""
-    sizes = {}
-    for name, model in models.items():
-        patch = model.config["patch_size"]
-        height, width = args.image_size or (math.ceil(x / patch) * patch for x in first)
-        size = f"--image-size {height} {width}"
-        if height % patch or width % patch:
-            raise UserError(f"{size}: use multiples of {patch}, the patch size of {name}")
-        if height * width < 4 * patch**2:
-            raise UserError(f"{size} is less than four patches of {name}; use a larger size")
-        sizes[name], side = (height, width), model.config["image_size"]
-        if (height, width) != (side, side) and not name.endswith(", untrained"):
-            print(f"{name}: position embedding interpolated from {side} px to {height} x {width}")
-    return sizes
-
-
-def network_inputs(images: scenes.Scenes, size: scenes.Size, device, title: str) -> Iterator:
-    """The images in order, in batches of (batch, 3, *size), under a progress bar."""
-    resize = v2.Resize(size, InterpolationMode.BICUBIC)
-    numbers = torch.arange(len(images.names)).split(BATCH_SIZE)
-    for batch in progress(numbers, title, unit=" batches"):
-        pixels = torch.stack([resize(images.image(i)) for i in batch.tolist()])
-        yield normalise(pixels.to(device))
-
-
-def features_of(model: ViT, inputs: Iterable[Tensor], blocks: list[int]) -> list[Tensor]:
-    """The blocks' tokens, concatenated: (block x dim, row, column) per image. On the CPU and in
-    float16, because those of many images take gigabytes."""
-    maps = (torch.cat(token_maps(model, images, blocks), dim=1) for images in inputs)
-    return [features for batch in maps for features in batch.half().cpu()]
-
-
-# --------------------------------------------------------------------------------------------------
-# The commands
-# --------------------------------------------------------------------------------------------------
-
-
-def write_results(args: argparse.Namespace, results: dict, titles: dict, **facts) -> None:
-    """Write OUT/COMMAND.json, and print a table. titles: key of `results` -> head of its column."""
-    path = args.out / f"{args.command}.json"
-    record = dict(arguments=vars(args), torch=torch.__version__, **facts, results=results)
-    text = json.dumps(record, indent=1, default=str)
-    write_atomically(path, lambda temporary: temporary.write_text(text))
-    width = max(map(len, results))
-    print(" " * width, *titles.values(), sep="  ")
-    for name, result in results.items():
-        cells = (f"{result[key]:{len(title)}.1f}" for key, title in titles.items())
-        print(name.ljust(width), *cells, sep="  ")
-    print(path)
-
-
-def segment(args: argparse.Namespace, models: dict[str, ViT]) -> None:
-    blocks = blocks_by_network(args, models, least=0, default=1)
-    train, reported = load_images(args, "train"), load_images(args, "reported")
-    sizes = input_sizes(args, models, train.sizes[0])
-    classes = scenes.count_classes(train, reported, args.ignore)
-    make_folder(args.out)
-    print(f"{len(train.names)} training, {len(reported.names)} reported images, {classes} classes")
-    best = confusion(train.masks, train.masks, classes, args.ignore).diagonal().argmax()
-    guesses = (best.expand(mask.shape) for mask in reported.masks)
-    baseline = scores(confusion(guesses, reported.masks, classes, args.ignore))
-    results = {f"class {best} everywhere": baseline}
-    for name, model in models.items():
-        seen, unseen = (
-            features_of(model, network_inputs(x, sizes[name], args.device, name), blocks[name])
-            for x in (train, reported)
-        )
-        probe = train_probe(seen, train.masks, classes, args)
-        predicted = predictions(probe, unseen, reported.masks, args.device)
-        matrix = confusion(predicted, reported.masks, classes, args.ignore)
-        results[name] = scores(matrix) | dict(blocks=blocks[name], size=sizes[name])
-        results[name]["confusion"] = matrix.tolist()
-    titles = dict(miou="mIoU, %", accuracy="pixel accuracy, %")
-    write_results(args, results, titles, classes=classes)
-
-
-def discover(args: argparse.Namespace, models: dict[str, ViT]) -> None:
-    reported = load_images(args, "reported")
-    sizes = input_sizes(args, models, reported.sizes[0])
-    boxes = scenes.true_boxes(reported, args.data, args.ignore)
-    make_folder(args.out)
-    with_box = sum(len(b) > 0 for b in boxes)
-    print(f"{with_box} of {len(boxes)} images have a true box")
-    whole = [torch.ones(1, 1, dtype=torch.bool)] * len(boxes)
-    results = {"the whole image": dict(corloc=corloc(whole, boxes, reported.sizes))}
-    for name, model in models.items():
-        rows = sizes[name][0] // model.config["patch_size"]
-        objects = (
-            tokencut(keys, rows, args.tau)
-            for images in network_inputs(reported, sizes[name], args.device, name)
-            for keys in last_keys(model, images)
-        )
-        results[name] = dict(corloc=corloc(objects, boxes, reported.sizes), size=sizes[name])
-    write_results(args, results, dict(corloc="CorLoc, %"), images=with_box)
-
-
-def figure_columns(model: ViT, inputs: Tensor, blocks: list[int]) -> list[tuple]:
-    """(title, panels, captions) per column: the tokens after each block, then the attention of the
-    class token in each block, if there is one. inputs: (image, 3, height, width)."""
-    tokens, attention = [], []
-    for block, maps in zip(blocks, token_maps(model, inputs, blocks)):
-        colours = [principal_colours(x).numpy() for x in maps.cpu()]
-        spreads = map(spread_of, maps.cpu())
-        captions = [f"{'alike' if x < ALIKE else 'spread'} {x:.1g}" for x in spreads]
-        tokens.append((f"tokens,\nblock {block}", colours, captions))
-        if model.cls_token is not None:
-            weights = class_attention(model, inputs, block).cpu().numpy()
-            captions = [f"peak {x.max() / x.mean():.1f}" for x in weights]
-            attention.append((f"attention,\nblock {block}", weights, captions))
-    return tokens + attention
-
-
-def picture(args: argparse.Namespace, models: dict[str, ViT]) -> None:
-    """For each network one row per image: the image itself, then `figure_columns`."""
-    blocks = blocks_by_network(args, models, least=1, default=4)
-    pictured = load_images(args, "pictured")
-    sizes = input_sizes(args, models, pictured.sizes[0])
-    make_folder(args.out)
-    images = [pictured.image(i).permute(1, 2, 0).numpy() for i in range(len(pictured.names))]
+        quarters = {math.ceil(i * len(model.blocks) / 4) for i in (1, 2, 3, 4)}
+        blocks[name] = args.blocks or sorted(quarters)
     panel, columns = 1.3, 1 + 2 * max(map(len, blocks.values()))  # inches
-    height, width = next(iter(sizes.values()))
-    rows = 0.8 + (0.25 + panel * height / width) * len(images)  # inches for each network
+    rows = 0.8 + (0.25 + panel * size[0] / size[1]) * len(images)  # inches for each network
     figure = plt.figure(figsize=(panel * columns, rows * len(models)), layout="constrained")
     parts = figure.subfigures(len(models), 1, squeeze=False)[:, 0]
     for part, (name, model) in zip(parts, models.items()):
@@ -414,9 +370,7 @@ def picture(args: argparse.Namespace, models: dict[str, ViT]) -> None:
         axes = part.subplots(len(images), columns, squeeze=False)
         for ax in axes.flat:
             ax.set_axis_off()
-        inputs = torch.cat(list(network_inputs(pictured, sizes[name], args.device, name)))
-        filled = [("image", images, [""] * len(images))]
-        filled += figure_columns(model, inputs, blocks[name])
+        filled = figure_columns(model, images, inputs, blocks[name])
         for column, (title, panels, captions) in zip(axes.T, filled):
             captions[0] = f"{title}\n{captions[0]}"
             for ax, pixels, caption in zip(column, panels, captions):
@@ -426,26 +380,28 @@ def picture(args: argparse.Namespace, models: dict[str, ViT]) -> None:
     print(args.out / "picture.png")
 
 
-def parse_arguments() -> argparse.Namespace:
+# --------------------------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------------------------
+
+
+def parse_arguments() -> Namespace:
     p = Parser(__doc__)
-    p.set_defaults(data=None, images=None)  # for the commands without such a flag
+    p.set_defaults(data=None, blocks=None)  # for the commands without such a flag
     commands = p.add_subparsers(dest="command", required=True)
     for name in ("segment", "discover", "picture"):
         add = commands.add_parser(name).add_argument
         add("checkpoints", nargs="*", metavar="CHECKPOINT", help="trained networks: RUN/last.pt")
         add("--random-init", action="append", default=[], type=ARM, help="add a fresh nano network")
         if name == "segment":
+            add("--blocks", nargs="+", type=COUNT_OR_0, help="probe these [the last; 0: embedding]")
             add("--epochs", type=COUNT, default=20, help="passes over the training images [20]")
-        if name == "discover":
-            cosine = checked(float, lambda x: -1 < x < 1, "lie between -1 and 1")
-            add("--tau", type=cosine, default=0.2, help="cosine above which patches join [0.2]")
+        elif name == "discover":
+            add("--tau", type=FRACTION, default=0.2, help="cosine above which patches join [0.2]")
         else:
-            default = "the last; 0 is the embedding" if name == "segment" else "four, evenly spaced"
-            blocks = f"take the tokens after these blocks [{default}]"
-            add("--blocks", nargs="+", type=int, metavar="B", help=blocks)
-        if name == "picture":
+            add("--blocks", nargs="+", type=COUNT, help="show these [four, evenly spaced]")
             add("--images", nargs="+", type=PATH, metavar="FILE", help="[two synthetic images]")
-        else:
+        if name != "picture":
             add("--data", type=PATH, metavar="ROOT", help="folder of images [synthetic ones]")
             add("--ignore", type=int, default=255, help="class id of unlabelled pixels [255]")
         size = "height and width images are resized to, or one number for both [the first image's]"

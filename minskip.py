@@ -64,9 +64,8 @@ class Attention(nn.Module):
     def queries_keys_values(self, x: Tensor) -> Tensor:
         """(batch, token, dim) -> q, k, v stacked, (3, batch, head, token, d_h)."""
         # One product instead of three: faster, because x is read (and under autocast cast) once.
-        projections = (self.W_Q, self.W_K, self.W_V)
-        W = torch.cat([projection.weight for projection in projections])
-        b = torch.cat([projection.bias for projection in projections])
+        W = torch.cat([self.W_Q.weight, self.W_K.weight, self.W_V.weight])
+        b = torch.cat([self.W_Q.bias, self.W_K.bias, self.W_V.bias])
         qkv = "batch token (three head dim) -> three batch head token dim"
         return rearrange(F.linear(x, W, b), qkv, three=3, head=self.num_heads)
 
@@ -105,10 +104,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-LN transformer block, with its two skip connections or without.
-
-    Shapes: (batch, token, dim) -> (batch, token, dim).
-    """
+    """A pre-LN block with its two skips, or without: (batch, token, dim) -> (batch, token, dim)."""
 
     def __init__(
         self,
@@ -144,18 +140,15 @@ class ViT(nn.Module):
     """Vision Transformer (Dosovitskiy et al. 2021), pre-LN, with or without skip connections.
 
     Args:
-        image_size: side of the (square) training images, in pixels.
-        patch_size: side of a patch, in pixels; must divide `image_size`.
+        image_size, patch_size: side of the (square) training images and of a patch, in pixels.
         num_classes: width of the output; 0 means no head: the output is the pooled feature.
         dim, depth, num_heads, mlp_ratio: d, L, h, and the MLP's hidden width divided by d.
         residual: True for the standard network, False for the one without skips.
-        pool: "cls" classifies a learned class token, "mean" the average of the patch tokens (and
-            there is no class token).
+        pool: classify a learned class token, "cls", or the mean of the patch tokens, "mean".
         pos_embed_std: standard deviation of the initial position embedding, usually 0.02. Patch
             embeddings start near 1, and a network without skips sees the positions only at its
             input, so it learns faster from a larger value.
-        drop_path: stochastic depth rate of the last block, growing linearly from 0 at the first.
-            Needs skips.
+        drop_path: stochastic depth's rate in the last block; it grows linearly from 0 at the first.
         diagonal_bias, norm_affine: see `Attention`; and whether the blocks' LayerNorms have a
             learnable gain and shift. `beyond/identity_init.py` needs True and False.
 
@@ -237,10 +230,8 @@ class ViT(nn.Module):
         """(batch, channel, height, width) -> (batch, token, dim), the class token first."""
         patch = self.config["patch_size"]
         if images.shape[-2] % patch or images.shape[-1] % patch:
-            raise ValueError(
-                f"patch size must divide image size: images are {images.shape[-2]} x "
-                f"{images.shape[-1]}, patch {patch}"
-            )
+            size = " x ".join(map(str, images.shape[-2:]))
+            raise ValueError(f"patch size must divide image size: images are {size}, patch {patch}")
         x = self.patch_embed(images)
         rows, columns = x.shape[-2:]
         self.grid.update(rows=rows, columns=columns)
@@ -274,8 +265,8 @@ class ViT(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# The init: three functions. Copy any of them; `import math, torch` is all they need.
-# They return W for y = x W in the default dtype, which must not be a half; nn.Linear takes W.T.
+# The init: three functions. Copy any of them; `import math, torch` is all they need. They return W
+# for y = x W (nn.Linear takes W.T), in float32 if the default dtype is a half, which has no SVD.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -289,7 +280,8 @@ def value_output_projections(
     so every singular value of W_V W_O is c^2 and its condition number kappa is 1. The heads share
     one d x d construction: with one per head, the map of all heads together is ill-conditioned.
     """
-    U, _, V_T = torch.linalg.svd(torch.randn(dim, dim, generator=generator))
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    U, _, V_T = torch.linalg.svd(torch.randn(dim, dim, generator=generator, dtype=dtype))
     return c * U, c * V_T
 
 
@@ -316,16 +308,15 @@ def query_key_projections(
     """
     if dim % num_heads:
         raise ValueError(f"num_heads must divide dim: dim {dim}, num_heads {num_heads}")
-    d_h = dim // num_heads
+    d_h, dtype = dim // num_heads, torch.promote_types(torch.get_default_dtype(), torch.float32)
 
     def rotated(X: torch.Tensor) -> torch.Tensor:
         """R X for a uniformly random orthogonal R. Writing X = Q C, it is enough to draw R Q."""
         C = torch.linalg.qr(X).R
-        frame = torch.empty(len(X), len(C))
-        return torch.nn.init.orthogonal_(frame, generator=generator) @ C
+        return torch.nn.init.orthogonal_(X.new_empty(len(X), len(C)), generator=generator) @ C
 
-    Z = torch.randn(dim, dim, generator=generator) / math.sqrt(dim)
-    U, S, V_T = torch.linalg.svd(alpha * Z + beta * torch.eye(dim))
+    Z = torch.randn(dim, dim, generator=generator, dtype=dtype) / math.sqrt(dim)
+    U, S, V_T = torch.linalg.svd(alpha * Z + beta * torch.eye(dim, dtype=dtype))
     W_Q, W_K = U[:, :d_h] * S[:d_h].sqrt(), V_T.T[:, :d_h] * S[:d_h].sqrt()
     pairs = [rotated(torch.cat([W_Q, W_K], dim=1)).split(d_h, dim=1) for _ in range(num_heads)]
     return tuple(torch.cat(heads, dim=1) for heads in zip(*pairs))
@@ -342,7 +333,8 @@ def orthogonal_mlp_weight(
     normalization layers using Deep Kernel Shaping". At MLP ratio 4 the factor is 2 for fc1 and 1
     for fc2. Either map then keeps the mean square of a coordinate.
     """
-    W = torch.empty(in_features, out_features)
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    W = torch.empty(in_features, out_features, dtype=dtype)
     scale = max(math.sqrt(out_features / in_features), 1.0)
     return torch.nn.init.orthogonal_(W, gain=scale, generator=generator)
 
@@ -353,13 +345,10 @@ def orthogonal_mlp_weight(
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The model's blocks. Raises TypeError, with advice, for other kinds of model."""
+    """The model's blocks. Raises TypeError for another kind of model."""
     blocks = list(getattr(model, "blocks", []))
     if not blocks or not all(hasattr(getattr(b, "attention", None), "W_Q") for b in blocks):
-        raise TypeError(
-            "this initialises minskip.ViT; for another model, copy the functions above it, which "
-            "return the weights (docs/copy_the_init.md)"
-        )
+        raise TypeError("this initialises minskip.ViT; for others see docs/copy_the_init.md")
     return blocks
 
 
@@ -384,10 +373,7 @@ def conditioned_init_(
     (1.8, 1, 3) for ViT-S trained with DINO.
 
     Args:
-        model: a `ViT`, or any module with `.blocks` that have `attention.W_Q ... W_O`,
-            `attention.num_heads`, `mlp.fc1` and `mlp.fc2`.
-        alpha: weight of the random part of W_Q W_K^T.
-        beta: weight of the identity in W_Q W_K^T. With more of it tokens attend more to themselves.
+        alpha, beta: weights of the random part and of the identity in W_Q W_K^T.
         c: scale of W_V and W_O. The LayerNorm cancels it in the forward pass, but gradients, and
             so the relative size of a step, depend on it.
         generator: source of the random numbers, on the CPU [torch's global one]. The weights are
@@ -395,8 +381,7 @@ def conditioned_init_(
 
     Returns the model. Raises ValueError for constants without meaning.
     """
-    finite = all(map(math.isfinite, (alpha, beta, c)))
-    if not (finite and min(alpha, beta) >= 0 and max(alpha, beta) > 0 and c > 0):
+    if not (min(alpha, beta) >= 0 and 0 < alpha + beta < math.inf and 0 < c < math.inf):
         raise ValueError(
             "c must be positive, alpha and beta not negative and not both 0; "
             f"they are {c}, {alpha} and {beta}"

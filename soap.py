@@ -1,11 +1,9 @@
 """SOAP: Adam run in the eigenbasis of Shampoo's preconditioner. One class, one file.
 
-Source: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", ICLR 2025
-(arXiv 2409.11321).
+Source: Vyas et al. 2025, "SOAP: Improving and Stabilizing Shampoo using Adam" (arXiv 2409.11321).
 """
 
 import math
-import warnings
 from collections import defaultdict
 
 import torch
@@ -18,22 +16,17 @@ LONGEST_SIDE = 10_000  # default of max_precondition_dim
 ALONE_ON_CPU = 2**15
 
 
-def as_matrix_shape(shape: torch.Size) -> tuple[int, int] | None:
-    """(rows, columns) of the matrix that a parameter is treated as; None for vectors and scalars.
+def kept_of(shape: torch.Size, longest: int = LONGEST_SIDE) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor that SOAP keeps for a parameter of this shape: two moments,
+    and for each side of a matrix no longer than `longest` Shampoo's factor and its eigenbasis.
 
     Axes of size 1 are dropped, so that a class token of shape (1, 1, d) stays a vector and gets no
     d x d factor. Axes after the first are flattened: a conv kernel becomes (out, rest).
     """
     sizes = [size for size in shape if size != 1]
-    return (sizes[0], math.prod(sizes[1:])) if len(sizes) > 1 else None
-
-
-def kept_of(shape: torch.Size, longest: int = LONGEST_SIDE) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each tensor that SOAP keeps for a parameter of this shape: two moments,
-    and for each side no longer than `longest` Shampoo's factor and its eigenbasis."""
-    sides = as_matrix_shape(shape)
+    sides = (sizes[0], math.prod(sizes[1:])) if len(sizes) > 1 else ()
     kept = dict.fromkeys(["exp_avg", "exp_avg_sq"], sides or (shape.numel(),))
-    for side, size in zip("LR", sides or ()):
+    for side, size in zip("LR", sides):
         if size <= longest:
             kept |= dict.fromkeys([f"factor_{side}", f"basis_{side}"], (size, size))
     return kept
@@ -46,33 +39,29 @@ def eigenbasis(factor: Tensor) -> Tensor:
     Then we try float64, and then float64 on the CPU with a small multiple of the identity added,
     which leaves the eigenvectors as they are.
     """
-    here, failure = factor.device, None
+    here = factor.device
     ways = [(factor.dtype, here, 0.0), (torch.float64, here, 0.0), (torch.float64, "cpu", 1e-9)]
     for dtype, device, added in ways:
-        A = factor.to(device, dtype)
-        if added:
-            mean = A.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-            A = A + added * mean * torch.eye(A.shape[-1], dtype=dtype, device=device)
+        A = factor.to(device, dtype, copy=True)
+        diagonal = A.diagonal(dim1=-2, dim2=-1)
+        diagonal += added * diagonal.mean(dim=-1, keepdim=True)
         try:
             return torch.linalg.eigh(A).eigenvectors.flip(-1).to(factor)
-        except torch.linalg.LinAlgError as error:
-            failure = error
-            warnings.warn(f"SOAP: eigh failed in {dtype} on {device}", stacklevel=1)
-    raise failure
+        except torch.linalg.LinAlgError:
+            if added:
+                raise
 
 
 def refreshed_basis(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """One step of power iteration and a QR. It is enough, because the factor changes slowly.
 
     factor, basis: (batch, size, size). Returns the new basis, largest eigenvalue first, and the
-    order (batch, size) in which it took the old columns. Adam's second moment holds one number per
-    eigenvector, so it must be permuted in the same way.
+    order (batch, size) in which it took the old columns.
     """
     product = factor @ basis
     eigenvalues = (basis * product).sum(dim=-2)  # Rayleigh quotients
     order = eigenvalues.argsort(dim=-1, descending=True)
-    product = product.gather(-1, order.unsqueeze(-2).expand_as(product))
-    return torch.linalg.qr(product).Q, order
+    return torch.linalg.qr(product.take_along_dim(order[:, None, :], dim=-1)).Q, order
 
 
 class SOAP(Optimizer):
@@ -86,31 +75,22 @@ class SOAP(Optimizer):
         V <- b2 V + (1 - b2) (Q_L^T G Q_R)^2                        both in the eigenbasis
         W <- W - lr Q_L [ M / (sqrt(V) + eps) ] Q_R^T               with Adam's bias correction
 
-    Vectors get plain Adam. Weight decay is decoupled (W <- W - lr wd W).
+    Vectors get plain Adam, empty parameters nothing. Weight decay is decoupled (W <- W - lr wd W).
+    State and products are float32, never TF32, even for bf16 parameters (float64 for float64).
 
     It differs from the authors' code in one respect: a conv kernel gets two factors, theirs by
-    default one for each of its four axes. (They also keep M outside the basis and project it at
-    every step: the same update, by eight matrix products instead of six.)
-
-    As there, the first step of a parameter only builds L, R and their eigenbases, by an exact
-    eigendecomposition, and does not move it.
-
-    Moments, factors and bases are float32 even for bf16 parameters (float64 for float64), and
-    their products are computed in full float32, never TF32.
+    default one for each of its four axes. (They also project M at every step: the same update, by
+    eight matrix products instead of six.) As there, the first step of a parameter does not move it:
+    it only builds L, R and their exact eigenbases.
 
     Args:
-        lr: step size, of the size of Adam's (1e-4 .. 3e-3).
+        lr, eps, weight_decay: as above. lr is about as large as Adam's (1e-4 .. 3e-3).
         betas: decay b1 and b2 of the first and second moment.
         shampoo_beta: decay b of the factors; None takes betas[1].
-        eps: added to sqrt(V).
-        weight_decay: decoupled weight decay.
         precondition_frequency: steps between two refreshes of the eigenbases [the authors': 10].
-            More frequent refreshes take more time and follow the gradients better.
         max_precondition_dim: a side longer than this gets no factor; the other side still does.
 
-    Raises:
-        ValueError: an option out of range.
-        RuntimeError: a sparse or complex gradient.
+    Raises ValueError for options out of range, RuntimeError for sparse or complex gradients.
     """
 
     def __init__(
@@ -136,10 +116,8 @@ class SOAP(Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One update of every parameter that has a gradient; returns the closure's loss, if any."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = closure() if closure else None
         matmul = torch.backends.cuda.matmul
         # TF32 keeps 10 bits of each entry: too few for the factors' small eigenvalues.
         precision, matmul.fp32_precision = matmul.fp32_precision, "ieee"
@@ -147,7 +125,7 @@ class SOAP(Optimizer):
             for group in self.param_groups:
                 alike = defaultdict(list)
                 for p in group["params"]:
-                    if p.grad is None:
+                    if p.grad is None or p.numel() == 0:
                         continue
                     if p.grad.is_sparse or p.is_complex():
                         raise RuntimeError("SOAP takes dense real gradients only")
@@ -167,8 +145,16 @@ class SOAP(Optimizer):
         def stacked(tensors: list[Tensor]) -> Tensor:
             return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)  # [None]: a view
 
+        def project(X: Tensor, back: bool = False) -> Tensor:
+            """Into the eigenbasis, Q_L^T X Q_R, or back out of it, Q_L X Q_R^T."""
+            if "L" in sides:
+                X = (S["basis_L"] if back else S["basis_L"].mT) @ X
+            if "R" in sides:
+                X = X @ (S["basis_R"].mT if back else S["basis_R"])
+            return X
+
         states = [self.state[p] for p in params]
-        dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
+        dtype = torch.promote_types(params[0].dtype, torch.float32)
         kept = kept_of(params[0].shape, group["max_precondition_dim"])
         sides = [side for side in "LR" if f"basis_{side}" in kept]
         # (batch, rows, columns) for matrices, (batch, size) for vectors
@@ -178,14 +164,6 @@ class SOAP(Optimizer):
         else:
             S = {name: stacked([state[name] for state in states]) for name in kept}
 
-        def project(X: Tensor, back: bool = False) -> Tensor:
-            """Into the eigenbasis, Q_L^T X Q_R, or back out of it, Q_L X Q_R^T."""
-            if "L" in sides:
-                X = (S["basis_L"] if back else S["basis_L"].mT) @ X
-            if "R" in sides:
-                X = X @ (S["basis_R"].mT if back else S["basis_R"])
-            return X
-
         # A gradient is never projected on a basis made from itself: the first step, which has no
         # other basis, moves nothing, and in every later step the factors are updated last.
         if step > 0:
@@ -193,8 +171,7 @@ class SOAP(Optimizer):
             projected = project(G)
             S["exp_avg"].lerp_(projected, 1 - beta1)
             S["exp_avg_sq"].lerp_(projected.square(), 1 - beta2)
-            update = S["exp_avg"] / S["exp_avg_sq"].sqrt().add_(group["eps"])
-            update = project(update, back=True)
+            update = project(S["exp_avg"] / S["exp_avg_sq"].sqrt().add_(group["eps"]), back=True)
             # Both moments started at zero `step` updates ago; the first step updated neither.
             lr = group["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
             updates = [u.view_as(p).to(p.dtype) for u, p in zip(update, params)]
@@ -202,31 +179,28 @@ class SOAP(Optimizer):
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
 
         beta = group["betas"][1] if group["shampoo_beta"] is None else group["shampoo_beta"]
-        refreshed = step % group["precondition_frequency"] == 0
-        if refreshed and step > 0:  # M is linear in G: rotate it out of the old basis ...
+        refresh = step > 0 and step % group["precondition_frequency"] == 0
+        if refresh:  # M is linear in G: rotate it out of the old basis ...
             S["exp_avg"] = project(S["exp_avg"], back=True)
         for side in sides:
-            gram = G @ G.mT if side == "L" else G.mT @ G
-            factor = S[f"factor_{side}"].lerp_(gram, 1 - beta)
+            factor = S[f"factor_{side}"].lerp_(G @ G.mT if side == "L" else G.mT @ G, 1 - beta)
             if step == 0:
                 S[f"basis_{side}"] = eigenbasis(factor)
-            elif refreshed:
+            elif refresh:
                 S[f"basis_{side}"], order = refreshed_basis(factor, S[f"basis_{side}"])
                 # V holds squares, which cannot be rotated: each only follows its eigenvector.
-                axis = -2 if side == "L" else -1
-                order = order.unsqueeze(-1 if side == "L" else -2).expand_as(G)
-                S["exp_avg_sq"] = S["exp_avg_sq"].gather(axis, order)
-        if refreshed and step > 0:  # ... and into the new one
+                order, axis = (order[:, :, None], 1) if side == "L" else (order[:, None, :], 2)
+                S["exp_avg_sq"] = S["exp_avg_sq"].take_along_dim(order, axis)
+        if refresh:  # ... and into the new one
             S["exp_avg"] = project(S["exp_avg"])
 
-        for state in states:
+        for i, state in enumerate(states):
             state["step"] = step + 1
+            if step == 0:  # cloned, because a view would keep the whole stack in memory
+                state |= {name: S[name][i].clone() for name in kept}
         for name in kept:
-            changed = refreshed or not name.startswith("basis")
-            if step == 0:
-                for state, value in zip(states, S[name]):
-                    state[name] = value.clone()  # a view would keep the whole stack in memory
-            elif changed and S[name].data_ptr() != states[0][name].data_ptr():  # not in place
+            changed = refresh or not name.startswith("basis")
+            if changed and S[name].data_ptr() != states[0][name].data_ptr():  # not in place
                 torch._foreach_copy_([state[name] for state in states], list(S[name]))
 
     def load_state_dict(self, state_dict: dict) -> None:

@@ -1,7 +1,7 @@
 """The arms of a comparison: every network of this project by name, fresh or from a checkpoint.
 
 An arm is a network as it enters a comparison: `residual`, or `skipless-` and its init. After a +
-come the parts of `variants.py` that it uses, as in `skipless-paper+none+e-spa+tat`.
+come the parts of `beyond/variants.py` that it uses, as in `skipless-paper+none+e-spa+tat`.
 """
 
 import argparse

@@ -64,8 +64,8 @@ NEEDS = dict(diagonal_bias=True, norm_affine=False)  # arguments that the ViT mu
 
 
 # --------------------------------------------------------------------------------------------------
-# Three functions. Copy any of them; `import math, torch` is all they need.
-# They return W for y = x W in the default dtype, which must not be a half; nn.Linear takes W.T.
+# Three functions. Copy any of them; `import math, torch` is all they need. They return W for
+# y = x W (nn.Linear takes W.T), in float32 if the default dtype is a half, which has no QR.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -77,16 +77,16 @@ def keepers_and_fetchers(
     Both are c I, except that the fetchers' columns of W_V are c times a random orthonormal frame.
     """
     c, kept = float(dim), dim - max(1, num_heads // 4) * (dim // num_heads)
-    W_V, W_O = c * torch.eye(dim), c * torch.eye(dim)
-    frame = torch.empty(dim, dim - kept)
-    W_V[:, kept:] = c * torch.nn.init.orthogonal_(frame, generator=generator)
-    return W_V, W_O
+    W_O = c * torch.eye(dim, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32))
+    frame = torch.nn.init.orthogonal_(W_O.new_empty(dim, dim - kept), generator=generator)
+    return torch.cat([W_O[:, :kept], c * frame], dim=1), W_O
 
 
 def own_token_bias(num_heads: int, tokens: int, depth: int) -> torch.Tensor:
     """b of each head, (num_heads,): keepers attend to their own token by delta, fetchers have 0."""
     delta = 1 - 1 / (max(tokens, 2) * depth)
-    b = torch.full((num_heads,), math.log(max(tokens - 1, 1) * delta / (1 - delta)))
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    b = torch.full((num_heads,), math.log(max(tokens - 1, 1) * delta / (1 - delta)), dtype=dtype)
     b[num_heads - max(1, num_heads // 4) :] = 0
     return b
 
@@ -101,9 +101,10 @@ def mirrored_pairs(
     free = hidden - 2 * dim
     if free < 0:
         raise ValueError(f"mirrored pairs take 2 x {dim} hidden units; there are {hidden}")
-    F = torch.nn.init.orthogonal_(torch.empty(dim, dim), generator=generator)
-    S_1 = torch.randn(dim, free, generator=generator) / math.sqrt(dim)
-    S_2 = torch.randn(free, dim, generator=generator) / math.sqrt(max(free, 1))
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    F = torch.nn.init.orthogonal_(torch.empty(dim, dim, dtype=dtype), generator=generator)
+    S_1 = torch.randn(dim, free, dtype=dtype, generator=generator) / math.sqrt(dim)
+    S_2 = torch.randn(free, dim, dtype=dtype, generator=generator) / math.sqrt(max(free, 1))
     g = math.sqrt(2 * block)
     return torch.cat([g * F, -g * F, S_1], dim=1), torch.cat([g * F.T, -g * F.T, S_2])
 
@@ -126,11 +127,8 @@ def identity_init_(model: nn.Module, generator: torch.Generator | None = None) -
             the fetchers bring in the image.
         generator: source of the random numbers, on the CPU [torch's global one].
 
-    Returns the model.
-
-    Raises:
-        TypeError: a model whose blocks look different, or that was built otherwise.
-        ValueError: MLPs with fewer than 2 d hidden units, or a single head.
+    Returns the model. Raises TypeError for a model that was built otherwise, ValueError for MLPs
+    with fewer than 2 d hidden units or a single head.
     """
     blocks = blocks_of(model)
     for number, block in enumerate(blocks, start=1):

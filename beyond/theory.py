@@ -29,7 +29,7 @@ Moments = tuple[float, float, float, float]
 
 
 def nodes_and_weights(std: float, width: float) -> tuple[Tensor, Tensor]:
-    """Of a quadrature for E f(h), h ~ N(0, std^2), where f bends over a distance of `width`."""
+    """Quadrature for E f(h), h ~ N(0, std^2), where f bends over a distance of `width`."""
     step = width / max(std, width) / 3  # trapezoids: exponentially accurate, however large std is
     z = step * torch.arange(-math.ceil(8 / step), math.ceil(8 / step) + 1, dtype=torch.float64)
     density = torch.exp(-(z**2) / 2)
@@ -37,7 +37,7 @@ def nodes_and_weights(std: float, width: float) -> tuple[Tensor, Tensor]:
 
 
 def smooth(q: float, p: float, f: Callable = F.gelu, width: float = 1.0) -> Moments:
-    """Moments of any smooth f, by quadrature; by default of the GELU.
+    """Any smooth f, by quadrature; by default the GELU.
 
     Write u = s + t and v = +-s + t', with s shared, of variance |p|, and t, t' independent, of
     variance q - |p|. Given s, f(u) and f(v) are independent, with the same mean as a function of s.
@@ -133,9 +133,9 @@ def apjn_theory(
 def theory_of(model: ViT, embedded: Tensor) -> tuple[list[float], list[float]]:
     """`apjn_theory` for a network at the default init, without a class token.
 
-    embedded: its embedded tokens, (batch, token, dim). Tokens differ in size and LayerNorm divides
-    each by its own, so q is the harmonic mean, because the derivative averages 1 / q; p / q is the
-    mean cosine of two tokens. (A class token starts near 0, which no mean describes.)
+    embedded: (batch, token, dim). Tokens differ in size, and the derivative of LayerNorm averages
+    1 / q, so q is the harmonic mean; p / q is the mean cosine of two tokens. (A class token starts
+    near 0, which no mean describes.)
     """
     x, n = embedded.double(), embedded.shape[1]
     q = 1 / x.square().mean(-1).reciprocal().mean().item()

@@ -3,8 +3,7 @@
     model = ViT(..., residual=False, pool="mean")
     start_(vary_(model, norm="none", attention="e-spa", activation="tat"))
 
-makes a "vanilla" transformer: without skips and without norms in its blocks. Each part has the
-shapes of the one it replaces.
+makes a "vanilla" transformer, without skips and without norms in its blocks.
 
 norm        `layernorm` and `rmsnorm` divide by the token's size; `dyt` and `derf` squash each entry
             instead; `none` leaves one LayerNorm after the embedding and one at the end
@@ -30,7 +29,6 @@ arXiv 2604.11890. TAT: Zhang et al. 2022 (arXiv 2203.08120).
 
 import functools
 import math
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -89,31 +87,22 @@ class Derf(DyT):
         return self.gamma * torch.erf(self.a * x + self.s) + self.beta
 
 
-NORMS = {
-    "layernorm": functools.partial(nn.LayerNorm, eps=1e-6),
-    "rmsnorm": functools.partial(nn.RMSNorm, eps=1e-6),
-    "dyt": DyT,
-    "derf": Derf,
-    "none": nn.Identity,
-}
+LayerNorm, RMSNorm = (functools.partial(kind, eps=1e-6) for kind in (nn.LayerNorm, nn.RMSNorm))
+NORMS = dict(layernorm=LayerNorm, rmsnorm=RMSNorm, dyt=DyT, derf=Derf, none=nn.Identity)
 
 
 class PostBlock(Block):
     """norm(x + f(x)) with skips, norm(f(x)) without."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.residual:
-            x = self.norm1(x + self.drop_path(self.attention(x)))
-            x = self.norm2(x + self.drop_path(self.mlp(x)))
-        else:
-            x = self.norm1(self.attention(x))
-            x = self.norm2(self.mlp(x))
-        return x
+        y = self.drop_path(self.attention(x))
+        x = self.norm1(x + y if self.residual else y)
+        y = self.drop_path(self.mlp(x))
+        return self.norm2(x + y if self.residual else y)
 
 
 # --------------------------------------------------------------------------------------------------
-# Attention. `weights` returns A, and `mix` A v without forming A where possible. P is the A of
-# minskip.Attention.
+# Attention: `weights` returns A, and `mix` returns A v without forming A where it can.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -158,19 +147,17 @@ class Shaped(ValueSkipInit):
 # Sigma = A Sigma' A^T, is a scaled softmax, which is what attention computes while W_Q = 0:
 #
 #     A = Sigma^(1/2) Sigma'^(-1/2) = D softmax(B),   D = rowsum(A),   B = log(D^-1 A)
+#
+# now, before: rho (of u-spa) or gamma (of e-spa) in Sigma and in Sigma'.
 
 
 @torch.compiler.disable  # it would trace into the cached function
 @functools.cache  # per device too, because copying a tensor there in every step stalls the GPU
-def u_spa(
-    rows: int, columns: int, now: float, before: float, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def u_spa(rows: int, columns: int, now: float, before: float, dtype, device):
     """D, (1, 1), and B, (token, token), for Sigma = (1 - rho) I + rho 11^T: tokens equally alike.
 
-    now, before: rho at the block's output and rho' at its input.
-
-        A = a I + (r - a) 11^T / n = r softmax(b I),   b = log(1 + n a / (r - a))
-        a^2 = (1 - rho) / (1 - rho'),   r^2 = (1 + (n - 1) rho) / (1 + (n - 1) rho')
+    A = a I + (r - a) 11^T / n = r softmax(b I),   b = log(1 + n a / (r - a))
+    a^2 = (1 - rho) / (1 - rho'),   r^2 = (1 + (n - 1) rho) / (1 + (n - 1) rho')
     """
     n = rows * columns
     a = math.sqrt((1 - now) / (1 - before))
@@ -189,23 +176,18 @@ def line_kernel(n: int, gamma: float, power: float = 1.0) -> Tensor:
 
 @torch.compiler.disable
 @functools.cache
-def e_spa(
-    rows: int, columns: int, now: float, before: float, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def e_spa(rows: int, columns: int, now: float, before: float, dtype, device):
     """D, (token, 1), and B, (token, token), for Sigma = exp(-gamma distance): near ones are alike.
 
     The distance |row - row'| + |column - column'| makes Sigma the Kronecker product of two lines'
     kernels, so A = A_rows (x) A_columns, and B is a Kronecker sum.
-    now, before: gamma at the block's output and gamma' at its input.
     """
-    D, B = [], []
-    for n in (rows, columns):
-        A = line_kernel(n, now, 0.5) @ line_kernel(n, before, -0.5)
-        D.append(A.sum(1))
-        B.append((A / D[-1][:, None]).clamp(min=1e-30).log())  # a 0 may be rounded to -1e-15
+    A = [line_kernel(n, now, 0.5) @ line_kernel(n, before, -0.5) for n in (rows, columns)]
+    D = [a.sum(1, keepdim=True) for a in A]
+    B = [(a / d).clamp(min=1e-30).log() for a, d in zip(A, D)]  # a 0 may be rounded to -1e-15
     B = rearrange(B[0], "i j -> i 1 j 1") + rearrange(B[1], "k l -> 1 k 1 l")
-    D, B = torch.outer(*D).view(-1, 1), rearrange(B, "i k j l -> (i k) (j l)")
-    return D.to(device, dtype), B.to(device, dtype)
+    B = rearrange(B, "i k j l -> (i k) (j l)")
+    return torch.kron(*D).to(device, dtype), B.to(device, dtype)
 
 
 GRID_ATTENTIONS = {"u-spa": u_spa, "e-spa": e_spa}
@@ -218,7 +200,7 @@ class SPA(Attention):
     grid: the current images' rows and columns of patches, updated by `ViT.embed`.
     """
 
-    def __init__(self, dim: int, num_heads: int, D_and_B: Callable, grid: dict[str, int]):
+    def __init__(self, dim: int, num_heads: int, D_and_B: functools.partial, grid: dict[str, int]):
         super().__init__(dim, num_heads)
         self.D_and_B, self.grid = D_and_B, grid
 
@@ -235,30 +217,23 @@ class SPA(Attention):
         return self.scaled(super().mix(q, k, v))
 
 
-def gamma_of(correlation: float, rows: int, columns: int) -> float:
-    """The gamma at which two tokens of a grid have this correlation on average."""
-    n = rows * columns
-    if n < 2:
-        raise ValueError("e-spa needs more than one token; make the patches smaller")
-
-    def excess(gamma: float) -> float:
-        total = line_kernel(rows, gamma).sum() * line_kernel(columns, gamma).sum()
-        return (total.item() - n) / (n * (n - 1)) - correlation
-
-    return brentq(excess, 1e-6, INDEPENDENT)
-
-
 def kernels(attention: str, depth: int, rows: int, columns: int) -> list[float]:
-    """rho_l of u-spa or gamma_l of e-spa, l = 0 .. depth, from independent tokens to `CORRELATION`.
-
-    Each block loses the same fraction:
+    """rho_l of u-spa or gamma_l of e-spa, l = 0 .. depth, from independent tokens to `CORRELATION`,
+    where each block loses the same fraction:
 
         u-spa   1 - rho_l = (1 - rho_L)^(l / L)                     (ours)
         e-spa   a_l = sqrt(1 - exp(-2 gamma_l)) = a_L^(l / L)       (He et al. 2023)
     """
     if attention == "u-spa":
         return [1 - (1 - CORRELATION) ** (block / depth) for block in range(depth + 1)]
-    a_L = math.sqrt(1 - math.exp(-2 * gamma_of(CORRELATION, rows, columns)))
+    if (n := rows * columns) < 2:
+        raise ValueError("e-spa needs more than one token; make the patches smaller")
+
+    def excess(gamma: float) -> float:  # of the mean correlation of two tokens, over what we want
+        total = line_kernel(rows, gamma).sum() * line_kernel(columns, gamma).sum()
+        return (total.item() - n) / (n * (n - 1)) - CORRELATION
+
+    a_L = math.sqrt(1 - math.exp(-2 * brentq(excess, 1e-6, INDEPENDENT)))
     a = [a_L ** (block / depth) for block in range(1, depth + 1)]
     return [INDEPENDENT] + [-math.log1p(-(x**2)) / 2 for x in a]
 
@@ -268,16 +243,17 @@ def kernels(attention: str, depth: int, rows: int, columns: int) -> list[float]:
 # --------------------------------------------------------------------------------------------------
 
 
-def tat_correlation(c: float, s: float) -> float:
-    """C(c): how phi(u) and phi(v), see `LeakyTAT`, correlate if standard Gaussians u, v do by c."""
-    c = min(max(c, -1.0), 1.0)
-    arc = math.sqrt(1 - c * c) + (math.pi - math.acos(c)) * c
-    return ((1 - s) ** 2 * arc / math.pi + 2 * s * c) / (1 + s * s)
-
-
 def tat_after(layers: int, s: float) -> float:
-    """C(C(... C(0))): the correlation of independent tokens after so many layers."""
-    return functools.reduce(lambda c, _: tat_correlation(c, s), range(layers), 0.0)
+    """Correlation of two Gaussians, independent at first, after so many layers of `LeakyTAT`:
+
+    c <- [(1 - s)^2 (sqrt(1 - c^2) + (pi - arccos c) c) / pi + 2 s c] / (1 + s^2)
+    """
+    c = 0.0
+    for _ in range(layers):
+        c = min(c, 1.0)  # rounding may give 1 + 2e-16
+        arc = math.sqrt(1 - c * c) + (math.pi - math.acos(c)) * c
+        c = ((1 - s) ** 2 * arc / math.pi + 2 * s * c) / (1 + s * s)
+    return c
 
 
 def tat_slope(layers: int) -> float:
@@ -321,61 +297,46 @@ STARTS = {
 CHOICES = dict(norm=list(NORMS), attention=list(STARTS), activation=["gelu", "tat"])
 
 
-def attentions(name: str, model: ViT) -> list[Attention]:
-    """A new attention for each block."""
-    dim, num_heads, depth = (model.config[x] for x in ("dim", "num_heads", "depth"))
-    if name not in GRID_ATTENTIONS:
-        kind = {"value-skipinit": ValueSkipInit, "shaped": Shaped}[name]
-        return [kind(dim, num_heads) for _ in range(depth)]
-    side = model.config["image_size"] // model.config["patch_size"]
-    D_and_B = [
-        functools.partial(GRID_ATTENTIONS[name], before=before, now=now)
-        for before, now in pairwise(kernels(name, depth, side, side))
-    ]
-    return [SPA(dim, num_heads, of_block, model.grid) for of_block in D_and_B]
-
-
 def vary_(
-    model: ViT,
-    norm: str = "layernorm",
-    placement: str = "pre",
-    attention: str = "softmax",
-    activation: str = "gelu",
+    model: ViT, norm="layernorm", placement="pre", attention="softmax", activation="gelu"
 ) -> ViT:
     """Replace parts of a fresh `ViT`, in place, and note them in `model.config`.
 
-    The defaults change nothing. `start_` then sets the weights. Raises ValueError for combinations
-    that have no meaning.
+    `start_` then sets the weights. Raises ValueError for combinations that have no meaning.
     """
-    dim, blocks = model.config["dim"], model.blocks
-    parts = dict(norm=norm, placement=placement, attention=attention, activation=activation)
-    changed = differing(parts)
+    changed = differing(locals())
     model.config |= changed
+    dim, num_heads, blocks = model.config["dim"], model.config["num_heads"], model.blocks
     if attention in GRID_ATTENTIONS and model.cls_token is not None:
-        raise ValueError(
-            f"{attention} is defined on the grid of patches, where a class token has no place; use "
-            "--pool mean"
-        )
+        raise ValueError(f"a class token has no place in {attention}'s grid; use --pool mean")
     if placement == "post" and norm == "none":
         raise ValueError("without norms there is nothing to place before or after")
     if activation == "tat" and model.config["residual"]:
         raise ValueError("tat's slope is computed for a network without skips")
     if model.config["diagonal_bias"] and changed:
         raise ValueError("the identity init needs the standard LayerNorm, attention and GELU")
-    slope = tat_slope(len(blocks)) if activation == "tat" else None
     for block in blocks:
         if norm != "layernorm":
             block.norm1, block.norm2 = NORMS[norm](dim), NORMS[norm](dim)
         if placement == "post":
             block.__class__ = PostBlock
         if activation == "tat":
-            block.mlp.activation = LeakyTAT(slope)
-    if attention != "softmax":
-        for block, replacement in zip(blocks, attentions(attention, model)):
-            replacement.load_state_dict(block.attention.state_dict(), strict=False)
-            block.attention = replacement
+            block.mlp.activation = LeakyTAT(tat_slope(len(blocks)))
+
+    replacements = []
+    if attention in GRID_ATTENTIONS:
+        side = model.config["image_size"] // model.config["patch_size"]
+        for before, now in pairwise(kernels(attention, len(blocks), side, side)):
+            D_and_B = functools.partial(GRID_ATTENTIONS[attention], before=before, now=now)
+            replacements.append(SPA(dim, num_heads, D_and_B, model.grid))
+    elif attention != "softmax":
+        kind = {"value-skipinit": ValueSkipInit, "shaped": Shaped}[attention]
+        replacements = [kind(dim, num_heads) for _ in blocks]
+    for block, replacement in zip(blocks, replacements):
+        replacement.load_state_dict(block.attention.state_dict(), strict=False)
+        block.attention = replacement
     if norm == "none":
-        model.embed_norm = NORMS["layernorm"](dim)
+        model.embed_norm = LayerNorm(dim)
     elif norm != "layernorm":
         model.norm = NORMS[norm](dim)
     return model
@@ -389,8 +350,7 @@ def start_(model: ViT, generator: torch.Generator | None = None) -> ViT:
     for block in model.blocks:
         a, dim, hidden = block.attention, block.mlp.fc1.in_features, block.mlp.fc1.out_features
         if W_Q == "zero":
-            nn.init.zeros_(a.W_Q.weight)
-            nn.init.zeros_(a.W_Q.bias)
+            set_linear_(a.W_Q, torch.zeros(dim, dim))
         if W_V_W_O == "orthogonal":
             for linear, W in zip((a.W_V, a.W_O), value_output_projections(dim, 1.0, generator)):
                 set_linear_(linear, W)

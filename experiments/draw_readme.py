@@ -2,8 +2,8 @@
 
     python experiments/draw_readme.py
 
-results/readme/schematic.png: where a block without skips carries its input.
-results/readme/skips.png: what skips and inits do to tokens, gradients and accuracy.
+schematic.png in results/readme/ shows where a block without skips carries its input, and skips.png
+what skips and inits do to tokens, gradients and accuracy.
 """
 
 import sys
@@ -59,15 +59,13 @@ def accuracies(arm: str) -> Tensor:
 def draw_skips(path: Path) -> None:
     """Medians, and for the accuracy means, over the seeds, with their range."""
     figure, axes = plt.subplots(1, 3, figsize=(9.8, 3.2), layout="constrained")
-    lines = [{}, {}, {}]
+    lines = {}
     for arm in ARMS:
-        correlations, gradients = at_initialisation(arm)
-        for panel, y in enumerate([correlations, gradients, accuracies(arm)]):
-            middle = y.mean(0) if panel == 2 else y.median(0).values
-            look = dict(color=ARM_COLOURS[arm], linewidth=2, marker="o", markersize=3.5)
+        for panel, y in enumerate([*at_initialisation(arm), accuracies(arm)]):
+            middle, ax = y.mean(0) if panel == 2 else y.median(0).values, axes[panel]
             x = range(min(panel, 1), min(panel, 1) + y.shape[1])  # the embedding is block 0
-            [lines[panel][arm]] = axes[panel].plot(x, middle, **look)
-            axes[panel].fill_between(x, *y.aminmax(dim=0), color=ARM_COLOURS[arm], alpha=0.2, lw=0)
+            [lines[arm]] = ax.plot(x, middle, "o-", color=ARM_COLOURS[arm], lw=2, markersize=3.5)
+            ax.fill_between(x, *y.aminmax(dim=0), color=ARM_COLOURS[arm], alpha=0.2, lw=0)
     axes[0].set_ylim(0, 1.03)
     axes[1].set(yscale="log", ylim=(1e-12, 10))  # further down it is rounding
     titles = ["correlation of two tokens", "gradient with respect to $W_Q$", "validation top-1, %"]
@@ -76,11 +74,8 @@ def draw_skips(path: Path) -> None:
         ax.title.set_fontsize(11)
         ax.set_xlabel("epoch" if ax is axes[2] else "block, before training")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 3, 10]))
-    label_ends(axes[2], lines[2], apart=0.07)
+    label_ends(ax, lines, apart=0.07)
     save_figure(figure, path)
-
-
-# The schematic: what carries the input is coloured.
 
 
 def write(ax: plt.Axes, x: float, y: float, text: str, size: float = 12, **look) -> None:
@@ -114,13 +109,6 @@ def draw_plain_block(ax: plt.Axes, x: float, residual: bool) -> None:
     arrow(ax, (x, 0.6), (x, 1.4))
 
 
-def draw_head(ax: plt.Axes, x: float, y: float, keeps: bool) -> None:
-    """Its attention matrix: the diagonal, or all tokens alike."""
-    for row, column in product(range(5), repeat=2):
-        diagonal = CARRIES if row + column == 4 else "white"
-        box(ax, x + 0.2 * column, y + 0.2 * row, 0.2, 0.2, diagonal if keeps else MIXES, 0.4)
-
-
 def draw_identity_block(ax: plt.Axes, x: float) -> None:
     """The two sub-blocks from x on, with what is inside them."""
     left, right = x + 1.8, x + 5.4
@@ -131,7 +119,10 @@ def draw_identity_block(ax: plt.Axes, x: float) -> None:
         arrow(ax, (left, y), (left, y + 0.6), carries=True)
         arrow(ax, (right, y), (right, y + 0.6))
     for middle in (left - 1.2, left, left + 1.2, right):
-        draw_head(ax, middle - 0.5, 2.0, keeps=middle < right)
+        for row, column in product(range(5), repeat=2):  # the head's attention matrix
+            keeps = CARRIES if row + column == 4 else "white"
+            where = middle - 0.5 + 0.2 * column, 2.0 + 0.2 * row
+            box(ax, *where, 0.2, 0.2, keeps if middle < right else MIXES, 0.4)
     write(ax, left, 1.55, "keepers, 3/4 of the heads,\npass each token on", 11)
     write(ax, right, 1.55, "fetchers, 1/4 of the heads,\nbring context", 11)
     box(ax, left - 1.7, 4.95, 3.4, 0.85, CARRIES)
@@ -149,11 +140,9 @@ def draw_schematic(path: Path) -> None:
     draw_plain_block(ax, 1.7, residual=True)
     draw_plain_block(ax, 4.9, residual=False)
     draw_identity_block(ax, 7.4)
-    for x, title, subtitle in (
-        (1.7, "residual", "a skip carries $x$"),
-        (4.9, "skipless", "nothing carries $x$"),
-        (11.0, "skipless, identity init", "part of the weights carries $x$"),
-    ):
+    titles = {1.7: "residual", 4.9: "skipless", 11.0: "skipless, identity init"}
+    subtitles = ["a skip carries $x$", "nothing carries $x$", "part of the weights carries $x$"]
+    for (x, title), subtitle in zip(titles.items(), subtitles):
         write(ax, x, 7.8, title, 14, weight="bold")
         write(ax, x, 7.3, subtitle)
     for x in (1.7, 4.9, 9.2, 12.8):

@@ -41,7 +41,7 @@ def errors_in_one_line(memory_advice: str) -> Iterator[None]:
         sys.stdout.flush()  # here, or Python would report a closed pipe as it exits
     except UserError as error:
         # From a loader's process the message arrives behind that process's traceback.
-        end(str(error).strip().splitlines()[-1].split("UserError: ")[-1], error.code)
+        end(str(error).split("UserError: ")[-1].strip(), error.code)
     except (torch.OutOfMemoryError, MemoryError) as error:
         end(f"out of memory ({str(error).split('.')[0]}); {memory_advice}", 2)
     except RuntimeError as error:  # torch has no class of its own for the CPU's memory

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from support.errors import UserError
+from support.files import make_folder
 
 
 def checked(kind: type, fits: Callable[..., bool], rule: str) -> Callable:
@@ -113,3 +114,13 @@ def stored_settings(stored: dict, given: dict, free: set[str]) -> argparse.Names
             )
     forget = dict(out=None, resume=None, eval=None)  # the folder may have moved
     return argparse.Namespace(**stored | forget | given)
+
+
+def lesson_flags(description: str, seeds: int) -> argparse.Namespace:
+    """A lesson's flags: --out, a folder which is made here, and --seeds."""
+    p = Parser(description)
+    p.add_argument("--out", type=PATH, default="runs/lessons", help="folder for the picture")
+    p.add_argument("--seeds", type=COUNT, default=seeds, help=f"random repetitions [{seeds}]")
+    args = p.parse_args()
+    make_folder(args.out)
+    return args

@@ -33,10 +33,9 @@ def colour_of(name: str, others: list[str]) -> str:
 
     arm = arm_in(name)
     alike = [other for other in dict.fromkeys(others) if arm_in(other) == arm]
-    position = alike.index(name)
     if arm is None:
-        return OTHER_COLOURS[position % len(OTHER_COLOURS)]
-    white = 0.75 * position / len(alike)
+        return OTHER_COLOURS[alike.index(name) % len(OTHER_COLOURS)]
+    white = 0.75 * alike.index(name) / len(alike)
     return to_hex([white + (1 - white) * channel for channel in to_rgb(ARM_COLOURS[arm])])
 
 
@@ -89,21 +88,19 @@ def save_figure(figure: plt.Figure, path: Path, needed: bool = True) -> None:
 def draw_curves(path: Path, name: str, rows: list[dict], panels: dict[str, str]) -> None:
     """Draw a run's log against the epoch. A run goes on where its picture cannot be written.
 
-    rows: the log. panels: key in the log -> title; losses share one panel. A line leaves out the
-    epochs in which its key is missing or null.
+    rows: the log. panels: key in the log -> title; one or two losses share the first panel. A line
+    leaves out the epochs in which its key is missing or null.
     """
-    losses = [key for key, title in panels.items() if "loss" in title]
-    groups = ([losses] if losses else []) + [[key] for key in panels if key not in losses]
+    losses = [key for key in panels if "loss" in key]
+    groups = [losses, *([key] for key in panels if key not in losses)]
     size = dict(figsize=(4.6 * len(groups), 3.6), layout="constrained")
     figure, axes = plt.subplots(1, len(groups), squeeze=False, **size)
     for ax, keys in zip(axes[0], groups):
-        for key, style in zip(keys, ("-", "--", ":", "-.")):
+        for key, style in zip(keys, ("-", "--")):
             measured = [row for row in rows if row.get(key) is not None]
-            ax.plot(
-                [row["epoch"] for row in measured], [row[key] for row in measured], style,
-                color=colour_of(name, [name]), marker="." if len(measured) <= 10 else None,
-                label=panels[key],
-            )  # fmt: skip
+            x, y = [row["epoch"] for row in measured], [row[key] for row in measured]
+            look = dict(color=colour_of(name, [name]), marker="." if len(x) <= 10 else None)
+            ax.plot(x, y, style, label=panels[key], **look)
         ax.set_xlabel("epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         tidy(ax, panels[keys[0]] if len(keys) == 1 else "loss")

@@ -20,22 +20,18 @@ from support.processes import progress
 from support.shapes import draw_shapes
 
 Size = tuple[int, int]  # height, width
-
 MOST_CLASSES = 4096  # a larger id marks unlabelled pixels, as 65535 does, or is a mistake
 
 
 class Scenes(NamedTuple):
-    """The images of a split, by number, with their masks."""
-
-    names: list[str]  # the paths of files
+    names: list[str]  # of the images of a split: the paths of files
     image: Callable[[int], Tensor]  # number -> (3, height, width) uint8
     sizes: list[Size]
     masks: list[Tensor] | None  # class ids, (height, width), uint8 or int32
 
 
 def synthetic_scenes(length: int, split: str, side: int) -> Scenes:
-    """`draw_shapes`, 100 at a time, because a thousand drawn at once would take gigabytes."""
-    parts = torch.arange(length).split(100)
+    parts = torch.arange(length).split(100)  # a thousand drawn at once would take gigabytes
     images, _, masks = zip(*(draw_shapes(part.tolist(), side, split) for part in parts))
     names, sizes = [f"Shapes {split} {i}" for i in range(length)], [(side, side)] * length
     return Scenes(names, torch.cat(images).__getitem__, sizes, [*torch.cat(masks)])
@@ -44,8 +40,7 @@ def synthetic_scenes(length: int, split: str, side: int) -> Scenes:
 def image_files(paths: list[Path]) -> Scenes:
     """Images without masks. All are checked now, and read again when they are asked for."""
     names = [str(path) for path in paths]
-    sizes = image_sizes(names)
-    return Scenes(names, lambda i: pil_to_tensor(open_rgb(names[i])), sizes, None)
+    return Scenes(names, lambda i: pil_to_tensor(open_rgb(names[i])), image_sizes(names), None)
 
 
 def read_mask(path: Path, size: Size) -> Tensor:
@@ -64,13 +59,9 @@ def read_mask(path: Path, size: Size) -> Tensor:
 def folder_scenes(root: Path, split: str, with_masks: bool) -> Scenes:
     """ROOT/split/images and, if asked for, ROOT/split/masks. All files are checked now."""
     images, masks = root / split / "images", root / split / "masks"
-    layout = f"expected ROOT/{split}/images/* and ROOT/{split}/masks/<stem>.png"
-    for folder in (images, masks) if with_masks else (images,):
-        if not folder.is_dir():
-            raise UserError(f"--data {root}: no folder {folder}; {layout}")
-    paths = sorted(f for f in images.iterdir() if f.suffix.lower() in IMG_EXTENSIONS)
+    paths = sorted(f for f in images.glob("*") if f.suffix.lower() in IMG_EXTENSIONS)
     if not paths:
-        raise UserError(f"--data {root}: no images in {images}; {layout}")
+        raise UserError(f"--data {root}: no images in {images}; expected ROOT/{split}/images/*")
     scenes = image_files(paths)
     if not with_masks:
         return scenes
@@ -80,12 +71,12 @@ def folder_scenes(root: Path, split: str, with_masks: bool) -> Scenes:
 
 def count_classes(train: Scenes, reported: Scenes, ignore: int) -> int:
     """1 + the largest class id in the training masks. Raises UserError where another is larger."""
-    labelled = [mask[mask.long() != ignore] for mask in train.masks + reported.masks]
-    largest = [int(ids.max()) if len(ids) else -1 for ids in labelled]
+    masks = (mask.long() for mask in train.masks + reported.masks)  # ignore may exceed uint8
+    largest = [int(mask.masked_fill(mask == ignore, -1).max()) for mask in masks]
     in_train, in_reported = largest[: len(train.masks)], largest[len(train.masks) :]
-    for name, ids in (("training", in_train), ("reported", in_reported)):
+    for split, ids in (("training", in_train), ("reported", in_reported)):
         if max(ids) < 0:
-            raise UserError(f"--ignore {ignore}: the {name} masks hold no other id; use another")
+            raise UserError(f"--ignore {ignore}: the {split} masks hold no other id; use another")
     classes = min(1 + max(in_train), MOST_CLASSES)
     for name, id in zip(train.names + reported.names, largest):
         if id >= classes:
@@ -127,9 +118,8 @@ def true_boxes(scenes: Scenes, root: Path | None, ignore: int) -> list[Tensor]:
         boxes = [torch.tensor(listed[n], dtype=torch.float64).view(-1, 4) for n in scenes.names]
     else:
         count_classes(scenes, scenes, ignore)  # or a mark for unlabelled pixels would be an object
-        ids = ([i for i in m.unique().tolist() if i not in (0, ignore)] for m in scenes.masks)
-        ids = (torch.tensor(i).view(-1, 1, 1) for i in ids)
-        boxes = [boxes_around(mask == i) for mask, i in zip(scenes.masks, ids)]
+        ids = [torch.tensor(sorted({*m.unique().tolist()} - {0, ignore})) for m in scenes.masks]
+        boxes = [boxes_around(m == i[:, None, None]) for m, i in zip(scenes.masks, ids)]
     if not any(map(len, boxes)):
         raise UserError("no reported image has a true box; list boxes in boxes.tsv or add masks")
     return boxes

@@ -132,6 +132,21 @@ class Wrong(Shapes):
         raise RuntimeError("shapes do not fit")
 
 
+class Damaged(Shapes):
+    def __getitems__(self, indices):
+        raise UserError("image x.png is damaged")
+
+
+def test_an_error_in_a_worker_is_one_line_without_its_traceback(capsys):
+    batches = Batches(8, 4, seed=0, shuffle=True)
+    loader = make_loader(Damaged("train", 8, 16), v2.Identity(), batches, 1, torch.device("cpu"))
+    iterator = iter(loader)
+    with pytest.raises(SystemExit), errors_in_one_line("-"):
+        next(iterator)
+    assert capsys.readouterr().err == "error: image x.png is damaged\n"
+    iterator._shutdown_workers()
+
+
 def test_a_mistake_in_a_worker_is_not_called_a_lack_of_memory():
     batches = Batches(8, 4, seed=0, shuffle=True)
     loader = make_loader(Wrong("train", 8, 16), v2.Identity(), batches, 1, torch.device("cpu"))

@@ -1,7 +1,6 @@
 """Files: written whole or not at all, read without running what they hold."""
 
 import os
-import pickle
 import random
 import re
 import socket
@@ -58,7 +57,7 @@ def test_only_our_own_checkpoints_are_taken(tmp_path, monkeypatch, kind):
         save_checkpoint(path, content(value=torch.randn(1000)))
         path.write_bytes(path.read_bytes()[:2000])
     elif kind == "code":
-        path.write_bytes(pickle.dumps(Intruder()))
+        torch.save(content(value=Intruder()), path)
     elif kind == "foreign":
         torch.save({"state_dict": {}}, path)
     elif kind == "other script":
@@ -69,7 +68,7 @@ def test_only_our_own_checkpoints_are_taken(tmp_path, monkeypatch, kind):
 
 
 def test_one_flipped_bit_is_noticed(tmp_path):
-    """torch.load checks no checksum: without this test of the archive it would load other weights."""
+    """torch.load checks no checksum; without a test of the archive it would load other weights."""
     path, generator = tmp_path / "last.pt", random.Random(3)
     save_checkpoint(path, content())
     whole = path.read_bytes()

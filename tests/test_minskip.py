@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from beyond.identity_init import keepers_and_fetchers, mirrored_pairs, own_token_bias
 from minskip import (
-    MLP,
     PRESETS,
     Attention,
     Block,
@@ -27,46 +27,16 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def attention_with(W_Q, W_K, W_V, W_O, heads: int) -> Attention:
-    """Our attention layer in float64 with these weights of y = x W, and no biases."""
-    attention = Attention(len(W_Q), heads).double()
-    with torch.no_grad():
-        for name, W in dict(W_Q=W_Q, W_K=W_K, W_V=W_V, W_O=W_O).items():
-            getattr(attention, name).weight.copy_(W.T)
-            getattr(attention, name).bias.zero_()
-    return attention
-
-
-def autograd_jacobian(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """d vec(y) / d vec(x), (n d, n d), rows the outputs."""
-    J = torch.autograd.functional.jacobian(lambda x: layer(x[None])[0], x)
-    return J.reshape(x.numel(), x.numel())
-
-
-def random_projections(d: int, seed: int = 0):
-    g = seeded(seed)
-    return [torch.randn(d, d, generator=g, dtype=torch.float64) / math.sqrt(d) for _ in range(4)]
-
-
 # ---- the init's formulas -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width, c", [(48, 3.0), (192, 0.7)])
-def test_value_output_product_has_condition_number_one(width, c):
-    W_V, W_O = value_output_projections(width, c, generator=seeded())
-    singular = torch.linalg.svdvals(W_V @ W_O)
-    torch.testing.assert_close(singular, torch.full_like(singular, c**2), rtol=1e-5, atol=0)
-
-
 def test_one_head_recovers_alpha_z_plus_beta_i_whole():
-    """With one head nothing is truncated, so Z can be read back: it must be N(0, 1/d)."""
+    """With one head nothing is truncated, so Z can be read back: mean 0 and variance 1/d."""
     d, alpha, beta = 256, 1.7, 0.9
     W_Q, W_K = query_key_projections(d, 1, alpha, beta, generator=seeded())
     Z = (W_Q.double() @ W_K.double().T - beta * torch.eye(d)) / alpha
     assert abs(Z.mean()) < 5 / d / math.sqrt(d)
     assert Z.std() * math.sqrt(d) == pytest.approx(1, abs=0.02)
-    kurtosis = (Z / Z.std()).pow(4).mean()
-    assert kurtosis == pytest.approx(3, abs=0.1)
 
 
 def test_heads_have_the_law_of_a_dense_svd_per_head():
@@ -77,12 +47,14 @@ def test_heads_have_the_law_of_a_dense_svd_per_head():
     g = seeded(1)
     for _ in range(20):
         W_Q, W_K = query_key_projections(d, heads, alpha, beta, generator=g)
-        for h in range(heads):
+        for q, k in zip(W_Q.split(d_h, dim=1), W_K.split(d_h, dim=1)):
             Z = torch.randn(d, d, generator=g) / math.sqrt(d)
             U, S, Vh = torch.linalg.svd(alpha * Z + beta * torch.eye(d))
             plain.append((U[:, :d_h] * S[:d_h]) @ Vh[:d_h])
-            columns = slice(h * d_h, (h + 1) * d_h)
-            ours.append(W_Q[:, columns] @ W_K[:, columns].T)
+            ours.append(q @ k.T)
+            # W_Q and W_K share the singular values evenly
+            assert torch.allclose(q.T @ q, k.T @ k, atol=1e-5)
+            assert torch.allclose(q.T @ q, torch.diag((q.T @ q).diagonal()), atol=1e-5)
     plain, ours = torch.stack(plain), torch.stack(ours)
     # top singular values, weight of the identity, size and symmetry of the rest
     for statistic in (
@@ -94,16 +66,7 @@ def test_heads_have_the_law_of_a_dense_svd_per_head():
         assert torch.allclose(statistic(ours), statistic(plain), rtol=0.03)
     # and the heads of a layer have different singular vectors
     a, b = (torch.linalg.svd(ours[h])[0][:, :d_h] for h in (0, 1))
-    overlap = (a.T @ b).pow(2).mean() * d
-    assert overlap == pytest.approx(1, abs=0.15)
-
-
-def test_query_and_key_share_the_singular_values_evenly():
-    W_Q, W_K = query_key_projections(64, 4, generator=seeded())
-    for h in range(4):
-        q, k = W_Q[:, 16 * h : 16 * (h + 1)], W_K[:, 16 * h : 16 * (h + 1)]
-        assert torch.allclose(q.T @ q, k.T @ k, atol=1e-5)
-        assert torch.allclose(q.T @ q, torch.diag((q.T @ q).diagonal()), atol=1e-5)
+    assert (a.T @ b).pow(2).mean() * d == pytest.approx(1, abs=0.15)
 
 
 def test_the_init_puts_every_weight_into_every_block():
@@ -148,113 +111,93 @@ def test_all_weights_are_drawn_by_the_generator_and_keep_their_dtype():
     assert (W_Q @ W_Q.T)[:8, 8:].abs().max() > 0.1
 
 
+def test_init_refuses_impossible_constants_and_models_it_does_not_know():
+    bad_c, bad_alpha = [(2, 1, 0), (2, 1, math.inf)], [(-1, 2, 3), (math.inf, 1, 3)]
+    for bad in [*bad_c, *bad_alpha, (2, -1, 3), (1, math.nan, 3), (0, 0, 3)]:
+        with pytest.raises(ValueError, match="c must be positive, alpha and beta"):
+            conditioned_init_(ViT(**TINY), *bad)
+    for other in (nn.Linear(3, 3), nn.ModuleDict(dict(blocks=nn.ModuleList([nn.GELU()])))):
+        with pytest.raises(TypeError, match=r"minskip\.ViT"):
+            conditioned_init_(other)
+
+
 @pytest.mark.parametrize(
-    "constants",
-    [
-        dict(c=0.0),
-        dict(alpha=-1.0),
-        dict(alpha=0.0, beta=0.0),
-        dict(beta=math.nan),
-        dict(c=math.inf),
-    ],
-)
-def test_init_refuses_impossible_constants(constants):
-    with pytest.raises(ValueError, match="c must be positive, alpha and beta"):
-        conditioned_init_(ViT(**TINY), **constants)
+    "function, arguments",
+    [(value_output_projections, (12, 2.0)), (query_key_projections, (12, 3)),
+     (orthogonal_mlp_weight, (12, 48)), (keepers_and_fetchers, (16, 4)),
+     (own_token_bias, (4, 17, 12)), (mirrored_pairs, (8, 32, 3))],
+)  # fmt: skip
+def test_each_function_works_when_copied_alone_and_under_any_default_dtype(function, arguments):
+    """Its text below `import math, torch`, in an empty file. Half precision has no SVD: float32."""
+    names = {}
+    exec("import math, torch\n\n" + inspect.getsource(function), names)
 
+    def drawn(function, dtype=torch.float32):
+        torch.manual_seed(0)
+        torch.set_default_dtype(dtype)
+        try:
+            return function(*arguments)
+        finally:
+            torch.set_default_dtype(torch.float32)
 
-def test_init_refuses_models_it_does_not_know():
-    with pytest.raises(TypeError, match=r"minskip\.ViT"):
-        conditioned_init_(nn.Linear(3, 3))
+    expected = drawn(function)
+    copied = drawn(names[function.__name__])
+    halves = (drawn(function, dtype) for dtype in (torch.bfloat16, torch.float16))
+    for found in (copied, *halves):  # torch.equal refuses different dtypes
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert all(W.dtype == torch.float64 for W in drawn(function, torch.float64))
 
 
 # ---- the attention's Jacobian K: facts of the theory ---------------------------------------------
 
 
-def test_one_token_attends_to_itself():
-    W_Q, W_K, W_V, W_O = random_projections(16)
-    x = torch.randn(1, 16, generator=seeded(), dtype=torch.float64)
-    K = autograd_jacobian(attention_with(W_Q, W_K, W_V, W_O, 2), x)
-    assert (K - (W_V @ W_O).T).abs().max() < 1e-12
+def test_uniform_attention_has_rank_d_and_a_skip_lifts_the_lost_directions_to_one():
+    """With W_Q = 0 and W_V W_O = c^2 orthogonal, K keeps d of n d directions: why a block without
+    skips is ill-conditioned. A single token attends to itself: K = (W_V W_O)^T."""
+    torch.manual_seed(0)
+    d, n, c = 24, 6, 3.0
+    attention = Attention(d, 3).double()
+    nn.init.zeros_(attention.W_Q.weight)
+    nn.init.zeros_(attention.W_Q.bias)
+    for linear in (attention.W_V, attention.W_O):
+        nn.init.orthogonal_(linear.weight, gain=c)
 
+    def jacobian(n: int) -> torch.Tensor:
+        x = torch.randn(n, d, dtype=torch.float64)
+        J = torch.autograd.functional.jacobian(lambda x: attention(x[None])[0], x)
+        return J.reshape(n * d, n * d)  # rows: outputs
 
-def uniform_attention_jacobian(d=24, n=6, c=3.0):
-    """K at W_Q = 0 (uniform attention) and W_V W_O = c^2 orthogonal."""
-    W_V, W_O = (c * torch.linalg.qr(w).Q for w in random_projections(d)[:2])
-    W_Q, W_K = torch.zeros(d, d, dtype=torch.float64), random_projections(d)[3]
-    x = torch.randn(n, d, generator=seeded(2), dtype=torch.float64)
-    return autograd_jacobian(attention_with(W_Q, W_K, W_V, W_O, 3), x), W_V @ W_O, d, c
-
-
-def test_uniform_attention_has_rank_d():
-    """Of n d directions only d survive: why a skipless block is ill-conditioned."""
-    K, _, d, c = uniform_attention_jacobian()
+    W, K = attention.W_O.weight @ attention.W_V.weight, jacobian(n)
+    assert (jacobian(1) - W).abs().max() < 1e-12
     singular = torch.linalg.svdvals(K)
-    assert (singular[:d] - c**2).abs().max() < 1e-10
-    assert singular[d:].max() < 1e-10
-    assert (K**2).sum().item() == pytest.approx(c**4 * d, rel=1e-10)
-
-
-def test_a_skip_lifts_the_lost_directions_to_one():
-    K, W, d, _ = uniform_attention_jacobian()
-    singular = torch.linalg.svdvals(K + torch.eye(len(K)))
-    expected = torch.linalg.svdvals(torch.eye(d) + W)
-    assert singular.max().item() == pytest.approx(max(expected.max().item(), 1), rel=1e-9)
-    assert singular.min().item() == pytest.approx(min(expected.min().item(), 1), rel=1e-9)
+    assert (singular[:d] - c**2).abs().max() < 1e-10 and singular[d:].max() < 1e-10
+    lifted = torch.linalg.svdvals(K + torch.eye(n * d))
+    expected = torch.linalg.svdvals(W + torch.eye(d))
+    assert lifted.max().item() == pytest.approx(max(expected.max().item(), 1), rel=1e-9)
+    assert lifted.min().item() == pytest.approx(min(expected.min().item(), 1), rel=1e-9)
 
 
 # ---- tokens at initialisation --------------------------------------------------------------------
 
 
-def correlation(x: torch.Tensor) -> float:
-    """Mean cosine between two different tokens, for (n, d)."""
-    x = nn.functional.normalize(x, dim=-1)
-    n = len(x)
-    return ((x @ x.T).sum().item() - n) / (n * (n - 1))
-
-
-def test_gelu_alone_correlates_independent_tokens():
-    """One orthogonal MLP takes uncorrelated tokens to (E gelu)^2 / E gelu^2 = 0.187."""
-    d = 384
-    mlp = MLP(d, 4 * d)
-    with torch.no_grad():
-        for fc in (mlp.fc1, mlp.fc2):
-            fc.weight.copy_(orthogonal_mlp_weight(fc.in_features, fc.out_features).T)
-            fc.bias.zero_()
-        x = torch.randn(64, d, generator=seeded())
-        assert correlation(mlp(x)) == pytest.approx(0.18714, abs=0.03)
-
-
-def test_default_attention_is_uniform_and_leaves_no_token_differences():
-    """The logits q k^T / sqrt(d_h) have the standard deviation s = d std^2, and one layer makes
-    1 - correlation about s^2 (1 + n/d): the reason why there are other inits."""
-    n, d, std = 64, 384, 0.02
-    torch.manual_seed(0)
-    attention = ViT(16, 8, dim=d, depth=1, num_heads=1).blocks[0].attention
-    s = d * std**2
-    with torch.no_grad():
-        x = torch.randn(4 * n, d)
-        logits = attention.W_Q(x) @ attention.W_K(x).T / math.sqrt(d)
-        assert logits.std().item() == pytest.approx(s, rel=0.05)
-        lost = [1 - correlation(attention(torch.randn(1, n, d))[0]) for _ in range(10)]
-    assert sum(lost) / 10 == pytest.approx(s**2 * (1 + n / d), rel=0.2)
+@torch.no_grad()
+def correlation(tokens: torch.Tensor) -> float:
+    """Mean cosine of two different tokens, for (..., token, dim)."""
+    x = nn.functional.normalize(tokens, dim=-1)
+    n = x.shape[-2]
+    return ((x @ x.mT).sum((-2, -1)).mean().item() - n) / (n * (n - 1))
 
 
 def test_tokens_become_alike_at_once_by_the_default_init_and_later_by_the_paper_s():
     """After two blocks; with the published constants before block 12, at this small size."""
-    images, _, _ = draw_shapes([0], 32, "train")
-    after = {}
-    for init in ("default", "conditioned"):
-        torch.manual_seed(0)
-        model = ViT(32, 8, 10, **PRESETS["nano"], residual=False, pos_embed_std=0.5)
-        if init == "conditioned":
-            conditioned_init_(model)
-        with torch.no_grad():
-            tokens = model.forward_features(images / 127.5 - 1, [1, 2, 12])
-        after[init] = [correlation(t[0]) for t in tokens]
-    assert after["default"][0] > 0.99 and after["default"][1] > 0.999999
-    assert after["conditioned"][0] < 0.5 and after["conditioned"][1] < 0.8
-    assert after["conditioned"][2] > 0.99
+    images = draw_shapes([0], 32, "train")[0] / 127.5 - 1
+    torch.manual_seed(0)
+    model = ViT(32, 8, 10, **PRESETS["nano"], residual=False, pos_embed_std=0.5)
+    first, second = (correlation(x) for x in model.forward_features(images, [1, 2]))
+    assert first > 0.99 and second > 0.999999
+    conditioned_init_(model)
+    first, second, last = (correlation(x) for x in model.forward_features(images, [1, 2, 12]))
+    assert first < 0.5 and second < 0.8 and last > 0.99
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -262,18 +205,16 @@ def test_tokens_become_alike_at_once_by_the_default_init_and_later_by_the_paper_
 
 def test_sizes_are_the_published_ones():
     """Table 1 of Dosovitskiy et al. 2021, and of Touvron et al. 2021 for tiny and small."""
-    sizes = {name: tuple(PRESETS[name].values()) for name in ("tiny", "small", "base", "large")}
     assert [*PRESETS["base"]] == ["dim", "depth", "num_heads"]
-    assert sizes == dict(
+    assert {name: tuple(size.values()) for name, size in PRESETS.items() if name != "nano"} == dict(
         tiny=(192, 12, 3), small=(384, 12, 6), base=(768, 12, 12), large=(1024, 24, 16)
     )
 
 
-@pytest.mark.parametrize("preset, name", [("tiny", "vit_tiny"), ("small", "vit_small")])
-def test_residual_vit_equals_timm(preset, name):
+def test_residual_vit_equals_timm():
     timm = pytest.importorskip("timm")
-    theirs = timm.create_model(f"{name}_patch16_224", pretrained=False).eval()
-    ours = ViT(224, 16, 1000, **PRESETS[preset]).eval()
+    theirs = timm.create_model("vit_tiny_patch16_224", pretrained=False).eval()
+    ours = ViT(224, 16, 1000, **PRESETS["tiny"]).eval()
     weights = {}
     with torch.no_grad():
         for p in theirs.parameters():  # zero biases and equal norms would hide mistakes
@@ -300,8 +241,7 @@ def test_the_skip_is_the_only_difference():
         for p in block.parameters():
             p.data.add_(0.1 * torch.randn_like(p))  # equal norms could be exchanged unnoticed
         y = skip * x + block.attention(block.norm1(x))
-        y = skip * y + block.mlp(block.norm2(y))
-        assert torch.equal(block(x), y)
+        assert torch.equal(block(x), skip * y + block.mlp(block.norm2(y)))
 
 
 def test_attention_written_out():
@@ -323,28 +263,19 @@ def test_attention_written_out():
     assert torch.allclose(attention(x)[0], expected, atol=1e-12)
 
 
-def test_features_after_chosen_blocks():
-    model = ViT(**TINY)
-    images = torch.randn(2, 3, 16, 16)
-    embedded, last, first = model.forward_features(images, [0, 3, 1])
-    assert torch.equal(embedded, model.embed(images))
-    assert torch.equal(model.blocks[0](embedded), first)
-    assert torch.equal(model.classify(last), model(images))
-    assert torch.equal(model.head(model.norm(last)[:, 0]), model(images))
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_features_pooling_and_other_image_sizes(pool):
+    model = ViT(**TINY, pool=pool)
+    for images in (torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 40)):
+        embedded, last, first = model.forward_features(images, [0, 3, 1])
+        assert last.shape == (2, images.shape[-1] // 4 + (pool == "cls"), 24)
+        assert torch.equal(embedded, model.embed(images))
+        assert torch.equal(model.blocks[0](embedded), first)
+        pooled = model.norm(last)[:, 0] if pool == "cls" else model.norm(last).mean(dim=1)
+        torch.testing.assert_close(model.head(pooled), model(images))
+        assert torch.equal(model.classify(last), model(images))
     with pytest.raises(ValueError, match=r"0\.\.3"):
         model.forward_features(images, [4])
-
-
-@pytest.mark.parametrize("pool, tokens", [("cls", 5), ("mean", 4)])
-def test_pooling_and_other_image_sizes(pool, tokens):
-    model = ViT(**TINY, pool=pool)
-    [last] = model.forward_features(torch.randn(1, 3, 16, 16), [3])
-    assert last.shape == (1, tokens, 24)
-    wide = torch.randn(1, 3, 16, 40)
-    [last] = model.forward_features(wide, [3])
-    assert last.shape == (1, 10 + (pool == "cls"), 24)
-    if pool == "mean":
-        assert torch.allclose(model(wide), model.head(model.norm(last).mean(dim=1)))
 
 
 def test_pos_embed_is_resized_like_dinos():
@@ -385,51 +316,17 @@ def test_drop_path_drops_whole_updates_and_only_in_training():
     assert blocks[1].drop_path.mode == "row"  # an image at a time
 
 
-def test_a_network_is_built_again_from_its_config():
-    model = ViT(**TINY, pool="mean", residual=False, pos_embed_std=0.3)
-    assert model.config.keys() >= {"image_size", "dim", "residual", "pool", "in_channels"}
-    ViT(**model.config).load_state_dict(model.state_dict())
-
-
 @pytest.mark.parametrize(
     "bad, words",
-    [
-        (dict(image_size=17), "patch size must divide"),
-        (dict(num_heads=5), "num_heads must divide dim"),
-        (dict(pool="max"), "pool"),
-        (dict(drop_path=1.0), "drop_path must lie"),
-        (dict(residual=False, drop_path=0.1), "drop_path needs a skip"),
-    ],
-)
+    [(dict(image_size=17), "patch size must divide"), (dict(num_heads=5), "num_heads must divide"),
+     (dict(pool="max"), "pool"), (dict(drop_path=1.0), "drop_path must lie"),
+     (dict(residual=False, drop_path=0.1), "drop_path needs a skip")],
+)  # fmt: skip
 def test_sizes_that_do_not_fit_are_refused(bad, words):
     with pytest.raises(ValueError, match=words):
         ViT(**{**TINY, **bad})
-    with pytest.raises(ValueError, match="patch size must divide"):
+    with pytest.raises(ValueError, match="patch size must divide image size: images are 16 x 20"):
         ViT(**TINY)(torch.zeros(1, 3, 16, 20))
-
-
-# ---- copied elsewhere ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "function, arguments, shape",
-    [
-        (value_output_projections, (12, 2.0), (2, 12, 12)),
-        (query_key_projections, (12, 3), (2, 12, 12)),
-        (orthogonal_mlp_weight, (12, 48), (12, 48)),
-    ],
-)
-def test_each_function_works_when_copied_alone(function, arguments, shape):
-    """Its text below `import math, torch`, in an empty file."""
-    names = {}
-    exec("import math, torch\n\n" + inspect.getsource(function), names)
-    torch.manual_seed(0)
-    copied = names[function.__name__](*arguments)
-    torch.manual_seed(0)
-    ours = function(*arguments)
-    for a, b in zip(copied, ours):
-        assert torch.equal(a, b)
-    assert tuple(torch.stack(list(copied)).shape) == shape
 
 
 @pytest.mark.parametrize("residual, dtype", [(True, torch.float32), (False, torch.bfloat16)])

@@ -57,13 +57,12 @@ SHORT = {
     "sweep.py": "--classes 2 --arms residual --depths 1 --opts adamw --rates 1e-3 --seeds 0 "
     "--epochs 1 --tune-epochs 1 --work {out}",
     "gpu.py": "--device cpu --patience 1 --out {out}",
-    "speed_soap.py": "--model nano --tens 2 --device cpu",
-    "speed_init.py": "--models nano --repeats 1",
-    "speed_dino.py": "--model nano --batch-size 1 --repeats 2 --device cpu",
-    "speed_loading.py": "--images 8 --repeats 2 --workers 0",
-    "speed_checkpoint.py": "--model nano --repeats 2 --folder {out}",
-    "speed_step.py": "--models tiny --steps 2 --warmup 1 --batch-size 2 --image-size 32 "
-    "--device cpu",
+    "speed.py step": "--models nano --steps 2 --batch-size 2 --image-size 32 --device cpu",
+    "speed.py soap": "--model nano --tens 2 --device cpu",
+    "speed.py init": "--models nano --repeats 2",
+    "speed.py dino": "--model nano --batch-size 1 --repeats 2 --device cpu",
+    "speed.py loading": "--images 8 --repeats 2 --workers 0",
+    "speed.py checkpoint": "--model nano --repeats 2",
     "pytest": "--collect-only -q -n 0 tests/test_files.py",
 }
 
@@ -87,7 +86,8 @@ def shortened(command: str) -> list[str]:
     if words[0] == "torchrun":
         words = ["python", *TWO_PROCESSES, *[word for word in words[1:] if "--n" not in word]]
     name = next(w for w in words if w.endswith(".py") or w == "pytest")
-    short = SHORT[name.split("/")[-1]].split()
+    script = name.split("/")[-1]  # or, of speed.py, script and command
+    short = SHORT[f"speed.py {words[2]}" if script == "speed.py" else script].split()
     if {"--resume", "--eval", "--help", "--table"} & set(words):
         short = []
     elif "--checkpoint" in words:  # which brings its own settings
@@ -180,7 +180,7 @@ def test_the_readme_is_short():
 
 def test_the_slurm_script_starts_a_run_and_then_goes_on_with_it(tmp_path):
     """Run by bash with Slurm's commands as stubs, one of which starts the trainer alone."""
-    [block] = re.findall(r"```bash\n(.*?)```", README, re.S)
+    [block] = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/on_gpus.md").read_text(), re.S)
     (tmp_path / "job.sh").write_text(block)
     srun = '[ "$1 $2 $3" = "torchrun --nnodes=2 --nproc-per-node=8" ] || exit 9\necho "$@"'
     stubs = dict(srun=srun, scontrol='echo "node7\nnode8"')

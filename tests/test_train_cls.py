@@ -37,7 +37,7 @@ from torchvision.transforms import v2
 
 import train_cls
 from beyond.identity_init import COUNTS_ON, NEEDS, identity_init_
-from minskip import PRESETS, ViT
+from minskip import PRESETS, ViT, conditioned_init_
 from soap import SOAP
 from support import data, memory
 from support.run import Run
@@ -79,7 +79,8 @@ def smoothed_cross_entropy(logits, targets, smoothing: float):
 def train_by_hand(root, model, on: bool, held: bool = False):
     """Two epochs of three steps. Returns the mean loss of the second and the averaged weights."""
     lr = [1 / 6, 1 / 3, 0.5, 0.5, 0.375, 0.125] if on else None  # up in 3 steps, half a cosine
-    accumulate, smoothing, decay, clip = (2, 0.1, 0.2, 0.3) if on else (1, 0.0, 0.0, None)
+    smoothing, decay, clip = (0.1, 0.2, 0.3) if on else (0.0, 0.0, None)
+    accumulate = 2 if on or held else 1  # once with a gradient that is clipped, once without
     decayed = {n for n, p in model.named_parameters() if p.ndim > 1} - {"cls_token", "pos_embed"}
     average = None
     for epoch in range(2):
@@ -135,7 +136,7 @@ OFF += "--weight-decay 0 --warmup-epochs 0 --drop-path 0 --lr 0.05 --skipless --
 
 
 @pytest.mark.parametrize(
-    "init, ema", [(None, True), (None, False), ("default", 0), ("identity", 0)]
+    "init, ema", [(None, True), (None, False), ("default", 0), ("paper", 0), ("identity", 0)]
 )
 def test_two_epochs_equal_the_same_steps_by_hand(
     init, ema, image_root, tmp_path, monkeypatch, float64_sgd
@@ -145,6 +146,8 @@ def test_two_epochs_equal_the_same_steps_by_hand(
     words = [*SMALL, "--data", image_root, "--out", tmp_path, "--batch-size", 20, "--seed", SEED]
     words += (ON if on else f"{OFF} {init}").split()
     words += [] if ema else ["--ema", 0, "--checkpoint-activations"]
+    words += ["--grad-accum", 2] if held else []
+    words += "--alpha 1.5 --beta 0.9 --c 2.5".split() if init == "paper" else []
     twice = passes_computed_twice(monkeypatch)
     run_main(train_cls.main, words, tmp_path, monkeypatch)
     assert bool(twice) == (not ema)
@@ -156,6 +159,8 @@ def test_two_epochs_equal_the_same_steps_by_hand(
     model = ViT(16, 8, 5, **shape | (COUNTS_ON | NEEDS if held else {}))
     if held:
         identity_init_(model)
+    elif init == "paper":
+        conditioned_init_(model, alpha=1.5, beta=0.9, c=2.5)
     start = copy.deepcopy(model.state_dict())
     loss, average = train_by_hand(image_root, model, on, held)
     measured = average if ema else model
@@ -624,7 +629,7 @@ BAD_FLAGS = {
     "--data {root} --skipless --beta 1": "--beta is not part of --init identity",
     "--data {root} --skipless --pool cls --model tiny --depth 0": "--depth: must be at least 1",
     "--data {root} --skipless --init paper --c 0": "--c: must be positive; it is 0",
-    "--data {root} --skipless --init paper --alpha 0 --beta 0": "alpha and beta not negative and not both 0",
+    "--data {root} --skipless --init paper --alpha 0 --beta 0": "not negative and not both 0",
     "--data {root} --warmup-epochs 2": "must be less than --epochs",
     "--data {root} --lr 0": "--lr: must be positive",
     "--data {root} --pos-embed-std inf": "must not be negative; it is inf",
