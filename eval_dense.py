@@ -361,7 +361,8 @@ def picture(args: Namespace, models: dict[str, ViT]) -> None:
     for name, model in models.items():
         quarters = {math.ceil(i * len(model.blocks) / 4) for i in (1, 2, 3, 4)}
         blocks[name] = args.blocks or sorted(quarters)
-    panel, columns = 1.3, 1 + 2 * max(map(len, blocks.values()))  # inches
+    kinds = 1 + any(model.cls_token is not None for model in models.values())  # tokens, attention
+    panel, columns = 1.3, 1 + kinds * max(map(len, blocks.values()))  # inches
     rows = 0.8 + (0.25 + panel * size[0] / size[1]) * len(images)  # inches for each network
     figure = plt.figure(figsize=(panel * columns, rows * len(models)), layout="constrained")
     parts = figure.subfigures(len(models), 1, squeeze=False)[:, 0]

@@ -152,7 +152,8 @@ def read_settings() -> tuple[argparse.Namespace, dict | None]:
     args = settings_of(SETTINGS, given)
     complete(args, given, INIT)  # what the network asks of the other settings
     network = f"skipless-{args.init}" if args.skipless else "residual"
-    args.lr = args.lr or LEARNING_RATE[network]["data" in given][args.opt]
+    demo, with_data = LEARNING_RATE[network]
+    args.lr = args.lr or (with_data if args.data else demo)[args.opt]
     return args, None
 
 

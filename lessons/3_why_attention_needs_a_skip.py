@@ -7,10 +7,10 @@ With small weights the logits are close to 0, so every token becomes nearly the 
 n d singular values of K = dy/dx (n tokens of width d) only d stand out then, those of the average.
 What makes the tokens different is lost on the way forward, and its gradient on the way back.
 
-What to see: on the left K's singular values drop up to the d-th. Adding the identity, which is what
-a skip does, lifts all of them to about 1. On the right a network of such layers, each behind a
-LayerNorm: without skips all tokens are alike after two blocks. Larger weights make attention
-sharper and delay the collapse, but they do not prevent it.
+What to see: on the left, with the usual weights, K's singular values fall steeply up to the d-th.
+Adding the identity, which is what a skip does, lifts all of them to about 1. On the right a network
+of such layers, each behind a LayerNorm: without skips all tokens are alike after two blocks. Larger
+weights make attention sharper and delay the collapse, but they do not prevent it.
 
 Change and try: 0.5 in place of 0.15 in STDS. Attention then picks single tokens, several tokens
 pick the same one, and the collapse comes all the same.

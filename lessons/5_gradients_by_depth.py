@@ -37,7 +37,7 @@ from support.pictures import OTHER_COLOURS, save_figure, tidy
 TOKENS, DIM, IMAGES = 16, 256, 4
 DEPTHS = [1, 2, 4, 8, 16, 32, 64]
 GAINS = (1.0, 2.0, 1.0)  # of W_V W_O, fc1, fc2: the factor by which each multiplies a variance
-KINDS = {  # name -> (the norm in variants.py, a, the norm in theory.py)
+KINDS = {  # name -> (the norm in beyond/variants.py, a, that in theory.py)
     "LayerNorm": ("layernorm", None, layer_norm),
     "DyT, a = 0.5": ("dyt", 0.5, lambda q, p: dyt(q, p, a=0.5)),
     "DyT, a = 1": ("dyt", 1.0, dyt),

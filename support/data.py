@@ -50,7 +50,7 @@ def decoding(path: str | Path, what: str = "image") -> Iterator[None]:
     """Raises UserError, naming the file, where Pillow cannot read it."""
     try:
         yield
-    except (UserError, MemoryError):
+    except (UserError, MemoryError, FileNotFoundError):
         raise
     except Exception as error:  # a broken file may make Pillow raise anything
         advice = "replace it; a run that is to be resumed needs the same number of images"

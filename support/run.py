@@ -260,7 +260,11 @@ class Run:
         say(textwrap.fill(flags, 100, subsequent_indent=8 * " ", break_on_hyphens=False))
         if a.init != "default" and not a.skipless:
             say(f"note    --init {a.init} without --skipless: a residual network starts from it")
-        if a.resume:
+        if len(self.batches) < 10:
+            say("note    fewer than ten steps in an epoch: a smaller --batch-size learns more")
+        if a.resume and self.epoch == a.epochs:
+            say(f"resume  {a.resume} is finished: nothing is left to train")
+        elif a.resume:
             say(f"resume  {a.resume} at epoch {self.epoch + 1}, step {self.step}")
 
     def describe_memory(self, network: nn.Module, *shapes: tuple[int, ...]) -> None:

@@ -466,7 +466,7 @@ BAD_FLAGS = {
     "segment {a} --blocks 1 3": "--blocks 3: a has only 2",
     "segment {a} --blocks -1": "--blocks: must not be negative",
     "picture {a} --blocks 0": "--blocks: must be at least 1",
-    "picture {a} --images {image} nowhere.png": "cannot read image nowhere.png .*No such file",
+    "picture {a} --images {image} nowhere.png": "^error: nowhere.png: No such file or directory",
     "picture {a} --images {a}": "cannot read image .*last.pt",
     "discover {a} --tau 1": "--tau: must lie in",
     "segment {a} --data {root} --out {image} --ignore 11": "cannot write into this folder",

@@ -234,6 +234,7 @@ def test_a_run_says_and_leaves_what_it_promises(finished):
     last_line = printed.strip().splitlines()[-1]
     assert re.fullmatch(r"top-1 [\d.]+ %  top-5 [\d.]+ %  \(2 epochs, [\d.]+ min\)", last_line)
     assert "skipless-paper, 2 blocks" in printed and "lr 0.001" in printed
+    assert "fewer than ten steps in an epoch: a smaller --batch-size" in printed
     rows = [json.loads(line) for line in (folder / "runs/a/log.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2]
     assert {"loss", "val_loss", "top1", "top5", "lr", "images_per_s"} <= rows[0].keys()
@@ -433,7 +434,7 @@ def test_two_runs_do_not_share_a_folder(image_root, tmp_path, monkeypatch, capsy
 
 
 def test_a_finished_run_resumed_mends_its_log_and_one_resumed_elsewhere_is_whole(
-    finished, tmp_path, monkeypatch
+    finished, tmp_path, monkeypatch, capsys
 ):
     """As killed between the last checkpoint and the last line of the log."""
     shutil.copytree(finished[0] / "runs/a", tmp_path / "run")
@@ -444,6 +445,7 @@ def test_a_finished_run_resumed_mends_its_log_and_one_resumed_elsewhere_is_whole
     left.touch()
     (tmp_path / "run/notes.tmp").touch()  # not ours
     run_main(train_cls.main, ["--resume", "run/last.pt"], tmp_path, monkeypatch)
+    assert "run/last.pt is finished: nothing is left to train" in capsys.readouterr().out
     assert log.read_text() == whole and not left.exists()
     assert (tmp_path / "run/notes.tmp").exists()
     words = ["--resume", "run/last.pt", "--out", "new"]
