@@ -46,11 +46,14 @@ PRESETS = {
 class Attention(nn.Module):
     """Multi-head self-attention. The four projections are separate, to match the equations.
 
-    diagonal_bias: add one learnable number per head to each token's logit with itself
-    (`beyond/identity_init.py` uses it). Shapes: (batch, token, dim) -> (batch, token, dim).
+    bias_at: 0, or the number n_0 of tokens in training, to add one learnable number b per head to
+    each token's logit with itself, which `beyond/identity_init.py` uses. Against n - 1 other tokens
+    e^b weighs less the more there are, so all heads but the last quarter, which are to keep their
+    own token, add log((n - 1) / (n_0 - 1)) to b for images of n tokens.
+    Shapes: (batch, token, dim) -> (batch, token, dim).
     """
 
-    def __init__(self, dim: int, num_heads: int, diagonal_bias: bool = False):
+    def __init__(self, dim: int, num_heads: int, bias_at: int = 0):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"num_heads must divide dim: dim {dim}, num_heads {num_heads}")
@@ -59,7 +62,8 @@ class Attention(nn.Module):
         self.W_K = nn.Linear(dim, dim)
         self.W_V = nn.Linear(dim, dim)
         self.W_O = nn.Linear(dim, dim)
-        self.diagonal_bias = nn.Parameter(torch.zeros(num_heads)) if diagonal_bias else None
+        self.bias_at, self.keepers = bias_at, num_heads - max(1, num_heads // 4)
+        self.diagonal_bias = nn.Parameter(torch.zeros(num_heads)) if bias_at else None
 
     def queries_keys_values(self, x: Tensor) -> Tensor:
         """(batch, token, dim) -> q, k, v stacked, (3, batch, head, token, d_h)."""
@@ -72,8 +76,10 @@ class Attention(nn.Module):
     def logit_bias(self, q: Tensor) -> Tensor | None:
         """b I for each head, (1, head, token, token), for q of (batch, head, token, d_h)."""
         if self.diagonal_bias is not None:  # the fused kernel needs the leading axis
-            identity = torch.eye(q.shape[-2], dtype=q.dtype, device=q.device)
-            return self.diagonal_bias.to(q.dtype)[None, :, None, None] * identity
+            n, b = q.shape[-2], self.diagonal_bias
+            follow = math.log(max(n - 1, 1) / max(self.bias_at - 1, 1))  # 0 at n_0
+            b = torch.cat([b[: self.keepers] + follow, b[self.keepers :]]).to(q.dtype)
+            return b[None, :, None, None] * torch.eye(n, dtype=q.dtype, device=q.device)
 
     def weights(self, x: Tensor) -> Tensor:
         """The attention matrices softmax(q k^T / sqrt(d_h) + bias), (batch, head, token, token)."""
@@ -113,13 +119,13 @@ class Block(nn.Module):
         mlp_ratio: float,
         residual: bool,
         drop_path: float = 0.0,
-        diagonal_bias: bool = False,
+        bias_at: int = 0,
         norm_affine: bool = True,
     ):
         super().__init__()
         self.residual = residual
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=norm_affine)
-        self.attention = Attention(dim, num_heads, diagonal_bias)
+        self.attention = Attention(dim, num_heads, bias_at)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=norm_affine)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
         # Only for blocks with skips: without them a dropped sub-block would erase the image.
@@ -193,7 +199,7 @@ class ViT(nn.Module):
         self.grid = {}  # rows and columns of patches of the current images; beyond/variants.py
         self.embed_norm = nn.Identity()  # ... puts a norm here if there is none in the blocks
         self.blocks = nn.ModuleList(
-            Block(dim, num_heads, mlp_ratio, residual, rate, diagonal_bias, norm_affine)
+            Block(dim, num_heads, mlp_ratio, residual, rate, n * diagonal_bias, norm_affine)
             for rate in torch.linspace(0, drop_path, depth, device="cpu").tolist()
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)

@@ -229,6 +229,9 @@ def check_forward(net, parts: dict, framework: str, identity: bool) -> None:
     for mode in (True, False):  # of training; for inference torch has other code
         theirs = logits_of(net.train(mode), images)
         torch.testing.assert_close(theirs, ours(images), atol=1e-9, rtol=1e-9)
+    larger = torch.randn(2, 37, DIM, dtype=torch.float64)  # as of images of another size
+    pair = blocks_of(net, framework)[1], ours.blocks[1]
+    torch.testing.assert_close(*(block(larger) for block in pair), atol=1e-9, rtol=1e-9)
     block = copy.deepcopy(blocks_of(net, framework)[1])  # as of an averaged model: on its own
     for p in block.parameters():
         p.zero_()
@@ -254,11 +257,12 @@ def test_our_init_elsewhere(framework):
     """As the last section of the page says, with the names of the table."""
     network, _ = FRAMEWORKS[framework]
     net, parts = network()
+    names = dict(own_token_mask=printed("own_token_mask"))
 
     def forward(layer, x, *_, **__):
         norm1, norm2 = in_block(layer, framework, "norms")
         fc1, fc2 = in_block(layer, framework, "fc1, fc2")
-        mask = layer.diagonal_bias[None, :, None, None] * torch.eye(x.shape[1], dtype=x.dtype)
+        mask = eval(inline("mask = own_token_mask").split("= ")[1], dict(names, layer=layer, x=x))
         if framework == "Hugging Face":
             y, _ = eval(inline("layer.attention("))
         else:
@@ -274,7 +278,7 @@ def test_our_init_elsewhere(framework):
             for (weight, bias), W in zip(linears_of(layer, framework)[2:], Ws, strict=True):
                 weight.copy_(W.T)
                 bias.zero_()
-            layer.diagonal_bias = nn.Parameter(own_token_bias(HEADS, 10, DEPTH))
+            layer.tokens, layer.diagonal_bias = 10, nn.Parameter(own_token_bias(HEADS, 10, DEPTH))
             for name in in_table(framework, "norms"):
                 setattr(layer, name, nn.LayerNorm(DIM, eps=1e-6, elementwise_affine=False))
             layer.forward = MethodType(forward, layer)

@@ -84,6 +84,29 @@ def test_tokens_stay_apart_at_every_depth(depth, dim, num_heads, side, pool):
         assert correlation(paper.forward_features(images, [depth])[0]) > 0.99
 
 
+@pytest.mark.parametrize("n", [2, 9, 16, 17, 690])
+def test_keepers_keep_their_token_however_many_there_are(n):
+    """On images of any size delta is the training's 1 - 1/(n_0 L), and fetchers take the mean."""
+    n_0, depth = 16, 3
+    attention = identity_init_(network(depth)).blocks[1].attention
+    x = torch.randn(1, n, 64)
+    with torch.no_grad():
+        attention.W_Q.weight.zero_()
+        P = attention.weights(x)[0]
+        assert torch.allclose(P.diagonal(dim1=-2, dim2=-1)[:6], torch.tensor(1 - 1 / (n_0 * depth)))
+        assert torch.allclose(P[6:], torch.tensor(1 / n))
+        if n == n_0:  # to the bit, as before there were other sizes
+            b, q = attention.diagonal_bias, torch.randn(1, 8, n, 8)
+            assert torch.equal(attention.logit_bias(q)[0], b[:, None, None] * torch.eye(n))
+
+
+def test_tokens_stay_apart_on_larger_images_too():
+    """Trained at 16 tokens, asked at 576; with b as it is .89 instead of .30."""
+    images = normalise(draw_shapes([0, 1], 192, "val")[0])
+    [end] = identity_init_(network(12)).forward_features(images, [12])
+    assert correlation(end) < 0.35
+
+
 def test_gradients_reach_what_is_to_learn():
     """Free units, fetchers and W_Q get gradients of similar size in all blocks but the last.
 
