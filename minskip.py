@@ -73,13 +73,17 @@ class Attention(nn.Module):
         qkv = "batch token (three head dim) -> three batch head token dim"
         return rearrange(F.linear(x, W, b), qkv, three=3, head=self.num_heads)
 
+    def bias_for(self, n: int) -> Tensor:
+        """b of each head for images of n tokens, (head,)."""
+        follow = math.log(max(n - 1, 1) / max(self.bias_at - 1, 1))  # 0 at n_0
+        keepers, fetchers = self.diagonal_bias.tensor_split([self.keepers])
+        return torch.cat([keepers + follow, fetchers])
+
     def logit_bias(self, q: Tensor) -> Tensor | None:
         """b I for each head, (1, head, token, token), for q of (batch, head, token, d_h)."""
         if self.diagonal_bias is not None:  # the fused kernel needs the leading axis
-            n, b = q.shape[-2], self.diagonal_bias
-            follow = math.log(max(n - 1, 1) / max(self.bias_at - 1, 1))  # 0 at n_0
-            b = torch.cat([b[: self.keepers] + follow, b[self.keepers :]]).to(q.dtype)
-            return b[None, :, None, None] * torch.eye(n, dtype=q.dtype, device=q.device)
+            b = self.bias_for(q.shape[-2]).to(q.dtype)[None, :, None, None]
+            return b * torch.eye(q.shape[-2], dtype=q.dtype, device=q.device)
 
     def weights(self, x: Tensor) -> Tensor:
         """The attention matrices softmax(q k^T / sqrt(d_h) + bias), (batch, head, token, token)."""

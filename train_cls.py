@@ -17,15 +17,15 @@ are ours, extrapolated from small runs.
 """
 
 import argparse
+import copy
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
-from beyond.arms import arm_of, complete, trained_vit
+from beyond.arms import arm_of, complete, inherit, say_twin, start_from_, trained_vit
 from beyond.identity_init import NEEDS, hold_pairs, identity_init_
 from beyond.variants import CHOICES, start_, vary_
 from minskip import PRESETS, ViT, conditioned_init_
@@ -140,21 +140,25 @@ LEARNING_RATE = {
 SHAPES_TRAIN, SHAPES_VAL = 20_000, 2_000  # synthetic images
 
 
-def read_settings() -> tuple[argparse.Namespace, dict | None]:
-    """(the settings of this run, the checkpoint that --resume or --eval names)."""
+def read_settings() -> tuple[argparse.Namespace, dict | None, dict | None]:
+    """(settings, the checkpoint that --resume or --eval names, the one that --init-from names)."""
     given = given_flags(__doc__, SETTINGS)
     if "resume" in given and "eval" in given:
         raise UserError("--resume and --eval exclude each other; choose one")
     if path := given.get("resume") or given.get("eval"):
         checkpoint = load_checkpoint(path, "train_cls")
         free = FREE_TO_CHANGE | ({"batch_size", "amp"} if "eval" in given else set())
-        return stored_settings(checkpoint["args"], given, free), checkpoint
-    args = settings_of(SETTINGS, given)
-    complete(args, given, INIT)  # what the network asks of the other settings
+        return stored_settings(checkpoint["args"], given, free), checkpoint, None
+    args, source = settings_of(SETTINGS, given), None
+    decided = given.keys()
+    if args.init_from:
+        source = load_checkpoint(args.init_from)
+        decided = inherit(args, given, source)
+    complete(args, decided, INIT)  # what the network asks of the other settings
     network = f"skipless-{args.init}" if args.skipless else "residual"
     demo, with_data = LEARNING_RATE[network]
     args.lr = args.lr or (with_data if args.data else demo)[args.opt]
-    return args, None
+    return args, None, source
 
 
 # --------------------------------------------------------------------------------------------------
@@ -296,7 +300,7 @@ def check_classes(args: argparse.Namespace, val_set, checkpoint: dict) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def train(args: argparse.Namespace, checkpoint: dict | None) -> None:
+def train(args: argparse.Namespace, checkpoint: dict | None, source: dict | None) -> None:
     device, rank, world = processes.start_processes(args.device)
 
     train_set, val_set = both_sets(args)
@@ -311,10 +315,13 @@ def train(args: argparse.Namespace, checkpoint: dict | None) -> None:
     mix = mixing(args, classes)
 
     torch.manual_seed(args.seed)
-    model = build_network(args, classes).to(device)
+    model = build_network(args, classes)
+    if source:
+        start_from_(model, source, train_set.classes)
+    model.to(device)
     compiled = torch.compile(model) if args.compile else model
     network = processes.averaging_gradients(compiled, device)
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
+    ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
     optimizer = build_optimizer(args, model)
     if args.checkpoint_activations:
         processes.checkpoint_activations_(model)
@@ -330,8 +337,9 @@ def train(args: argparse.Namespace, checkpoint: dict | None) -> None:
         panels=dict(loss="training loss", val_loss="validation loss", top1="val top-1, %"),
         checkpoint=checkpoint,
     )
-    del checkpoint  # its copy of the weights and the optimizer's state
+    del checkpoint, source  # their copies of the weights, and the optimizer's state
     run.describe(model, data_name)
+    say_twin(args, INIT)
     run.describe_memory(model, (3, args.image_size, args.image_size))
     for epoch in run.epochs():
         model.train()
@@ -357,7 +365,11 @@ def train(args: argparse.Namespace, checkpoint: dict | None) -> None:
             optimizer.step()
             optimizer.zero_grad()
             if ema:
-                ema.update_parameters(model)
+                # It rises to --ema, or a short run's average would still hold the first weights.
+                decay = min(args.ema, (1 + run.global_step) / (10 + run.global_step))
+                averaged, trained = list(ema.parameters()), list(model.parameters())
+                with torch.no_grad():
+                    torch._foreach_lerp_(averaged, trained, 1 - decay)
 
         row = run.end_epoch(**evaluate(ema or model, val_loader, device, args.amp), lr=lr)
         say(
@@ -375,11 +387,11 @@ def train(args: argparse.Namespace, checkpoint: dict | None) -> None:
 
 
 def main() -> None:
-    args, checkpoint = read_settings()
+    args, checkpoint, source = read_settings()
     if args.eval:
         evaluate_checkpoint(args, checkpoint)
     else:
-        train(args, checkpoint)
+        train(args, checkpoint, source)
     processes.end_processes()
 
 

@@ -29,7 +29,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
-from beyond.arms import arm_of, complete
+from beyond.arms import arm_of, complete, inherit, say_twin, start_from_
 from beyond.identity_init import NEEDS, hold_pairs, identity_init_
 from beyond.variants import CHOICES, start_, vary_
 from minskip import PRESETS, ViT, conditioned_init_
@@ -147,18 +147,22 @@ SMALL_SET = 100_000  # images; in a larger set k-NN before training would take l
 SHAPES_TRAIN, SHAPES_VAL = 5_000, 2_000  # synthetic images
 
 
-def read_settings() -> tuple[argparse.Namespace, dict | None]:
-    """(the settings of this run, the checkpoint that --resume names)."""
+def read_settings() -> tuple[argparse.Namespace, dict | None, dict | None]:
+    """(settings, the checkpoint that --resume names, the one that --init-from names)."""
     given = given_flags(__doc__, SETTINGS)
     if "resume" in given:
         checkpoint = load_checkpoint(given["resume"], "train_ssl")
-        return stored_settings(checkpoint["args"], given, FREE_TO_CHANGE), checkpoint
-    args = settings_of(SETTINGS, given)
-    complete(args, given, INIT)  # what the network asks of the other settings
+        return stored_settings(checkpoint["args"], given, FREE_TO_CHANGE), checkpoint, None
+    args, source = settings_of(SETTINGS, given), None
+    decided = given.keys()
+    if args.init_from:
+        source = load_checkpoint(args.init_from)
+        decided = inherit(args, given, source)
+    complete(args, decided, INIT)  # what the network asks of the other settings
     network = f"skipless-{args.init}" if args.skipless else "residual"
     demo, with_data = LEARNING_RATE[network]
     args.lr = args.lr or (with_data if args.data else demo)[args.opt]
-    return args, None
+    return args, None, source
 
 
 # --------------------------------------------------------------------------------------------------
@@ -404,8 +408,9 @@ def scheduled(step: int, steps: int, warmup: int, args: argparse.Namespace) -> d
 
 
 def knn_loaders(args: argparse.Namespace, sets: tuple, device, rank: int, world: int) -> list:
-    """Loaders of both sets for `knn_accuracy`, unaugmented; none without a validation set."""
-    if sets[1] is None:
+    """Loaders of both sets for `knn_accuracy`, unaugmented; none without a validation set of two
+    classes or more."""
+    if sets[1] is None or len(sets[1].classes) < 2:
         return []
     if len(sets[1]) < world:
         raise UserError(f"--data {args.data}: fewer images in val/ than the {world} processes")
@@ -440,7 +445,7 @@ def warning_of(row: dict, args: argparse.Namespace) -> str | None:
 # --------------------------------------------------------------------------------------------------
 
 
-def train(args: argparse.Namespace, checkpoint: dict | None) -> None:
+def train(args: argparse.Namespace, checkpoint: dict | None, source: dict | None) -> None:
     device, rank, world = processes.start_processes(args.device)
 
     train_set, val_set = load_sets(args)
@@ -457,6 +462,8 @@ def train(args: argparse.Namespace, checkpoint: dict | None) -> None:
 
     torch.manual_seed(args.seed)
     backbone = build_backbone(args)
+    if source:
+        start_from_(backbone, source, classes)
     student = Network(backbone, args.prototypes).to(device)
     compiled = torch.compile(student) if args.compile else student
     network = processes.averaging_gradients(compiled, device)
@@ -485,13 +492,14 @@ def train(args: argparse.Namespace, checkpoint: dict | None) -> None:
         panels=dict(loss="training loss") | (dict(knn="k-NN top-1, %") if to_measure else {}),
         checkpoint=checkpoint,
     )
-    del checkpoint  # its copy of the weights and the optimizer's state
+    del checkpoint, source  # their copies of the weights, and the optimizer's state
     run.describe(student.backbone, data_name)
+    say_twin(args, INIT)
     say(f"crops   2 of {args.image_size} px and {args.local_crops} of {small} px per image")
     groups = (2, args.image_size), (args.local_crops, small)
     run.describe_memory(student, *[(count, 3, size, size) for count, size in groups if count])
     if not to_measure:
-        say(f"k-NN    off: {args.data} has no val/ to measure on")
+        say(f"k-NN    off: {args.data} has no val/ with two classes or more to measure on")
     elif not run.history and len(train_set) <= SMALL_SET:
         knn = knn_accuracy(teacher.backbone, *to_measure, device, args.amp)
         run.history.append(dict(epoch=0, knn=knn))
@@ -548,6 +556,8 @@ def train(args: argparse.Namespace, checkpoint: dict | None) -> None:
             warned.add(warning)
 
     final = run.history[-1]
+    if final["loss"] > math.log(args.prototypes):
+        say("note    nothing learned: the loss is above a uniform guess's; try a smaller --lr")
     result = "k-NN off" if final["knn"] is None else f"k-NN top-1 {final['knn']:.1f} %"
     say(f"{result}  ({final['epoch']} epochs, {final['minutes']:.1f} min)")
 

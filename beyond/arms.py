@@ -13,6 +13,8 @@ from beyond.identity_init import COUNTS_ON, NEEDS, identity_init_
 from beyond.variants import CHOICES, GRID_ATTENTIONS, STARTS, differing, start_, vary_
 from minskip import PRESETS, ViT, conditioned_init_
 from support.errors import UserError
+from support.flags import check_no_other, flag_of
+from support.processes import say
 
 ARMS = ["residual", "skipless-default", "skipless-paper", "skipless-identity"]
 
@@ -88,6 +90,37 @@ def complete(args: argparse.Namespace, given: Iterable[str], init_of: dict[str, 
         )
 
 
+# Settings that make the network; --init-from takes them from the checkpoint.
+NETWORK = {
+    "model", "depth", "image_size", "patch_size", "skipless", "init", "alpha", "beta", "c", "pool",
+    "pos_embed_std", "norm", "attention", "activation",
+}  # fmt: skip
+
+
+def inherit(args: argparse.Namespace, given: dict, checkpoint: dict) -> set[str]:
+    """Give args, in place, the network of a checkpoint; --image-size may be another.
+
+    Returns the names of the settings that are decided now. Raises UserError for a flag that asks
+    for another network.
+    """
+    stored = {name: checkpoint["args"][name] for name in NETWORK}
+    check_no_other(stored, {k: v for k, v in given.items() if k in NETWORK}, {"image_size"})
+    vars(args).update(stored | given)
+    return given.keys() | NETWORK - {"alpha", "beta", "c"}
+
+
+def say_twin(args: argparse.Namespace, init_of: dict[str, str]) -> None:
+    """Tell a residual run in what the run with --skipless would differ, beside the skips."""
+    if args.skipless or args.init_from:
+        return
+    twin = argparse.Namespace(**vars(args) | dict(skipless=True))
+    complete(twin, (), init_of)
+    names = [n for n in ("pool", "pos_embed_std", "drop_path") if vars(twin)[n] != vars(args)[n]]
+    if names:
+        flags = " ".join(f"{flag_of(name)} {vars(twin)[name]}" for name in names)
+        say(f"note    --skipless also sets {flags}: set it here to compare the skips alone")
+
+
 # --------------------------------------------------------------------------------------------------
 # Networks
 # --------------------------------------------------------------------------------------------------
@@ -135,13 +168,9 @@ def trained_vit(checkpoint: dict) -> ViT:
 
     Raises UserError for a checkpoint of another version.
     """
-    weights = checkpoint["model"]
-    if checkpoint.get("ema") is not None:
-        weights = {k.removeprefix("module."): v for k, v in checkpoint["ema"].items()}
-        weights.pop("n_averaged")
     try:
         model = rebuilt(checkpoint)
-        model.load_state_dict(weights)
+        model.load_state_dict(checkpoint.get("ema") or checkpoint["model"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"checkpoint {checkpoint['path']} is of another version ({str(error)[:200]}); "
@@ -151,8 +180,34 @@ def trained_vit(checkpoint: dict) -> ViT:
 
 
 def untrained_vit(checkpoint: dict) -> ViT:
-    """The network of a checkpoint as it was before training, with the very weights of its seed."""
+    """The network of a checkpoint as it was before training, with the very weights of its seed
+    (before --init-from replaced them, if it did)."""
     had = checkpoint["args"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(had["seed"])
         return initialise_(rebuilt(checkpoint), had["init"], had["alpha"], had["beta"], had["c"])
+
+
+@torch.no_grad()
+def start_from_(model: ViT, checkpoint: dict, classes: list[str]) -> ViT:
+    """Give a fresh network, in place, the weights of a checkpoint, averaged ones if it has any.
+
+    The head stays fresh where the classes are others or a network has none. On images of another
+    size the position embedding is resized, and the keepers' biases follow the number of tokens.
+    """
+    source, had, has = trained_vit(checkpoint), checkpoint["model_config"], model.config
+    weights, taken = source.state_dict(), "all weights"
+    if had["num_classes"] != has["num_classes"] or checkpoint["classes"] != classes:
+        weights = {name: x for name, x in weights.items() if not name.startswith("head.")}
+        taken += " but the head's" if has["num_classes"] else ""
+    if had["image_size"] != has["image_size"]:
+        side = has["image_size"] // has["patch_size"]
+        weights["pos_embed"] = source.interpolate_pos_embed(side, side)
+        taken += ", the position embedding resized"
+        for number, block in enumerate(source.blocks):
+            if block.attention.diagonal_bias is not None:
+                b = block.attention.bias_for(model.pos_embed.shape[1])
+                weights[f"blocks.{number}.attention.diagonal_bias"] = b
+    model.load_state_dict(weights, strict=False)  # only the head may be missing
+    say(f"start   {taken} of {checkpoint['path']}, epoch {checkpoint['epoch']}")
+    return model

@@ -36,6 +36,8 @@ def errors_in_one_line(memory_advice: str) -> Iterator[None]:
 
     Every other error is a bug of ours and keeps its traceback.
     """
+    # A file's name may hold what the terminal's encoding does not.
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
         sys.stdout.flush()  # here, or Python would report a closed pipe as it exits

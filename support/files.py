@@ -1,6 +1,5 @@
 """The files a run writes and reads: its folder, its log, its checkpoints."""
 
-import fcntl
 import json
 import os
 import socket
@@ -13,9 +12,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 from support.errors import UserError
 
-FORMAT = "minskip-5"
+FORMAT = "minskip-6"
 
 
 def write_atomically(path: Path, write: Callable[[Path], None], needed: bool = True) -> None:
@@ -50,6 +54,8 @@ def make_folder(out: Path) -> None:
 
 def lock(folder: Path) -> None:
     """Keep this folder to this process until it ends. Raises UserError if another has it."""
+    if fcntl is None:
+        raise UserError("minskip runs on Linux and macOS; on Windows use WSL")
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

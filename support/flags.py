@@ -61,10 +61,14 @@ COMMON = dict(
         "compute activations twice instead of keeping them: much less memory, a third more time"),
     amp=("auto", "auto", ["auto", "bf16", "off"], "bf16 autocast; auto: on GPUs that support it"),
     compile=(False, False, bool, "torch.compile: faster, after some minutes of compiling"),
-    device=("auto", "auto", str, "auto, cpu, cuda or cuda:N"),
+    device=("auto", "auto", str, "auto, cpu, cuda, cuda:N, or mps (untried)"),
     seed=(0, 0, SEED, "of weights, order of the images, augmentation and drop-path"),
+    init_from=(None, None, NAME,
+        "start from the network and weights of this checkpoint, of either trainer, with a fresh "
+        "head where the classes are others; how to train is not taken from it"),
     resume=(None, None, NAME,
-        "continue the run of this checkpoint with its settings, on the CPU exactly to the bit"),
+        "continue the run of this checkpoint with its settings, on the CPU exactly to the bit; a "
+        "larger --epochs prolongs it"),
 )  # fmt: skip
 
 # Flags that may differ between a run and its continuation without changing the result; of the
@@ -100,11 +104,8 @@ def settings_of(table: dict[str, tuple], given: dict) -> argparse.Namespace:
     return argparse.Namespace(**{name: row[column] for name, row in table.items()} | given)
 
 
-def stored_settings(stored: dict, given: dict, free: set[str]) -> argparse.Namespace:
-    """A checkpoint's settings under the flags that were given.
-
-    Raises UserError where a flag outside `free` contradicts the checkpoint.
-    """
+def check_no_other(stored: dict, given: dict, free: set[str]) -> None:
+    """Raises UserError where a flag outside `free` contradicts a checkpoint's settings."""
     for name, value in given.items():
         if name not in free and value != stored.get(name):
             flag = flag_of(name)
@@ -112,6 +113,17 @@ def stored_settings(stored: dict, given: dict, free: set[str]) -> argparse.Names
                 f"{flag} {value} contradicts the checkpoint, trained with {stored.get(name)}; "
                 f"leave {flag} out"
             )
+
+
+def stored_settings(stored: dict, given: dict, free: set[str]) -> argparse.Namespace:
+    """A checkpoint's settings under the flags that were given.
+
+    Raises UserError where a flag outside `free` contradicts the checkpoint, but for a larger
+    --epochs, which prolongs the run.
+    """
+    if "resume" in given and given.get("epochs", 0) > stored["epochs"]:
+        free = free | {"epochs"}
+    check_no_other(stored, given, free)
     forget = dict(out=None, resume=None, eval=None)  # the folder may have moved
     return argparse.Namespace(**stored | forget | given)
 

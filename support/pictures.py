@@ -1,10 +1,11 @@
 """What all pictures share: colours, labels, and how a figure is written."""
 
+import os
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # pictures go to files, which needs no window system
+# Pictures go to files, which needs no window system. This comes before matplotlib's first import: a
+# notebook passes its own backend on to the programs that it starts, where that import would fail.
+os.environ["MPLBACKEND"] = "Agg"
 import matplotlib.pyplot as plt
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.ticker import MaxNLocator

@@ -27,18 +27,26 @@ def launched_by_torchrun() -> bool:
 
 
 def chosen_device(device_name: str) -> torch.device:
-    """device_name: "auto" (CUDA if there is any, else the CPU), "cpu", "cuda" or "cuda:1".
+    """device_name: "auto" (CUDA if there is any, else the CPU), "cpu", "cuda", "cuda:1" or "mps".
 
-    Raises UserError where CUDA is asked for and absent. Takes no memory of the device yet.
+    Raises UserError where CUDA or mps is asked for and absent. Takes no memory of the device yet.
     """
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device_name):
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device_name):
         raise UserError(
-            f"--device {device_name!r} is not known here; use auto, cpu, cuda or cuda:N"
+            f"--device {device_name!r} is not known here; use auto, cpu, cuda, cuda:N or mps"
         )
+    if device_name == "mps":  # Apple's GPUs
+        if not torch.backends.mps.is_available():
+            raise UserError("--device mps: torch finds no Apple GPU here; use --device cpu or auto")
+        if os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK") != "1":  # torch reads it when imported
+            raise UserError(
+                "--device mps: set PYTORCH_ENABLE_MPS_FALLBACK=1, so that torch does on the CPU "
+                "what an Apple GPU cannot"
+            )
     device = torch.device("cpu" if device_name == "auto" else device_name)
     if device_name == "auto" and torch.cuda.is_available():
         device = torch.device("cuda")
-    if device.type == "cpu":
+    if device.type != "cuda":
         return device
     found = torch.cuda.device_count()
     number = int(os.environ.get("LOCAL_RANK", 0)) if launched_by_torchrun() else device.index or 0
@@ -78,7 +86,10 @@ def on_device(batch, device: torch.device):
 
 
 def start_processes(device_name: str) -> tuple[torch.device, int, int]:
-    """(device, rank, world size). Joins a process group only when launched by torchrun."""
+    """(device, rank, world size). Joins a process group only when launched by torchrun.
+
+    Raises UserError where it cannot.
+    """
     device = chosen_device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -87,7 +98,13 @@ def start_processes(device_name: str) -> tuple[torch.device, int, int]:
         return device, 0, 1
     # The others wait while the first process checks the images, which may take minutes.
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=2))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+    except (ValueError, RuntimeError) as error:  # a variable that torchrun would have set
+        raise UserError(
+            f"RANK and MASTER_ADDR are set, but these processes cannot meet ({error}); start them "
+            "with torchrun, or unset RANK"
+        ) from error
     return device, dist.get_rank(), dist.get_world_size()
 
 
@@ -195,7 +212,7 @@ def check_batch_size(batch_size: int, parts: int, images: int, data_name: str) -
     if batch_size > images:
         raise UserError(
             f"--batch-size {batch_size} exceeds the {images} training images of {data_name}; make "
-            "it smaller"
+            "it smaller, and see README, Your images, for other settings of small folders"
         )
 
 

@@ -73,6 +73,7 @@ class Run:
         )  # fmt: skip
         self.epoch = self.step = 0
         self.seconds, self.history, self.sums = 0.0, [], {}
+        self.silent = True  # nothing was said of the training yet
         # Reading a number from the GPU waits for all its work, so there we do it only now and then.
         self.read_every = 1 if device.type == "cpu" else 20
         self.total_steps = args.epochs * len(batches)
@@ -81,8 +82,11 @@ class Run:
             raise UserError(
                 f"--warmup-epochs {args.warmup_epochs} leaves no step to train; make it smaller"
             )
+        self.prolonged_from = None
         if checkpoint:
             self.restore(checkpoint)
+            if checkpoint["args"]["epochs"] != args.epochs:
+                self.prolonged_from = checkpoint["args"]["epochs"]
         stem = f"{script.removeprefix('train_')}-{args.model}-{arm}-{args.opt}"
         self.out = files.run_folder(args.out, stem, args.seed, args.resume)
         if main_process():
@@ -122,6 +126,7 @@ class Run:
     def steps(self, loader: DataLoader) -> Iterator[list]:
         title = f"epoch {self.epoch + 1}/{self.args.epochs}"
         bar = progress(loader, title, total=len(self.batches), initial=self.step)
+        bar = progress(loader, title, total=len(self.batches), initial=self.step)
         for batch in bar:
             numbers = STEP, self.args.seed, self.epoch, self.step, self.batches.rank
             torch.manual_seed(mixed_seeds(1, *numbers)[0])  # for MixUp, CutMix and drop-path
@@ -131,6 +136,12 @@ class Run:
                 bar.set_postfix(loss=f"{self.sums['loss'].item() / self.step:.3f}")
                 if self.step < len(self.batches):
                     self.leave_if_asked()
+            seconds = time.time() - self.epoch_started
+            if bar.disable and self.silent and seconds > 30:  # who reads a log file sees no bar
+                self.silent = False
+                minutes = seconds * len(self.batches) / (self.step - self.batches.first) / 60
+                loss = self.sums["loss"].item() / self.step
+                say(f"{title}, step {self.step}: loss {loss:.3f}, {minutes:.1f} minutes an epoch")
         self.steps_ended = time.time()
 
     def add(self, **numbers: Tensor) -> None:
@@ -153,7 +164,7 @@ class Run:
         row |= {k: mean_over_processes(x).item() / self.step for k, x in self.sums.items()}
         row |= measured | dict(images_per_s=round(rate, 1), minutes=round(minutes, 3))
         self.history.append(row)
-        self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
+        self.epoch, self.step, self.sums, self.silent = self.epoch + 1, 0, {}, False
         self.write()
         return row
 
@@ -266,6 +277,9 @@ class Run:
             say(f"resume  {a.resume} is finished: nothing is left to train")
         elif a.resume:
             say(f"resume  {a.resume} at epoch {self.epoch + 1}, step {self.step}")
+        if self.prolonged_from:
+            say(f"note    {self.prolonged_from} epochs before, {a.epochs} now: from here on the "
+                f"schedule is that of {a.epochs}")  # fmt: skip
 
     def describe_memory(self, network: nn.Module, *shapes: tuple[int, ...]) -> None:
         """Print an estimate of the memory of a step; shapes: of one image in each of its inputs."""

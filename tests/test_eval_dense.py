@@ -47,8 +47,7 @@ def save(path: Path, model: ViT) -> Path:
     """A checkpoint whose averaged weights, which are to be used, are the model's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = model.state_dict()
-    averaged = {f"module.{k}": v for k, v in weights.items()} | {"n_averaged": torch.tensor(3)}
-    facts = dict(script="train_cls", args=ARGS, model_config=model.config, ema=averaged)
+    facts = dict(script="train_cls", args=ARGS, model_config=model.config, ema=weights)
     last = {k: v / 2 for k, v in weights.items()}
     save_checkpoint(path, facts | dict(classes=[], epoch=1, **OTHER_PARTS, model=last))
     return path

@@ -525,7 +525,7 @@ def test_bad_files_end_in_one_line(finished, tmp_path, monkeypatch, capsys):
 
 def test_settings_of_the_recipe(monkeypatch):
     monkeypatch.setattr(sys, "argv", "train_ssl.py --data x --skipless".split())
-    args, _ = train_ssl.read_settings()
+    args, *_ = train_ssl.read_settings()
     assert (args.model, args.alpha, args.beta, args.c) == ("small", 1.8, 1.0, 3.0)
     assert (args.local_crops, args.prototypes, args.momentum) == (8, 65536, 0.996)
     assert (args.lr, args.drop_path, args.init) == (5e-4, 0.0, "paper")
