@@ -36,20 +36,25 @@ def eigenbasis(factor: Tensor) -> Tensor:
     """Eigenvectors of symmetric matrices (batch, size, size), as columns, largest eigenvalue first.
 
     A factor of low rank has many equal eigenvalues, and float32 solvers of GPUs may fail on them.
-    Then we try float64, and then float64 on the CPU with a small multiple of the identity added,
-    which leaves the eigenvectors as they are.
+    Then we take each matrix by itself, first in its own precision, then in float64, and last in
+    float64 on the CPU with a small multiple of the identity added, which leaves the eigenvectors
+    as they are.
     """
-    here = factor.device
-    ways = [(factor.dtype, here, 0.0), (torch.float64, here, 0.0), (torch.float64, "cpu", 1e-9)]
+    here, ways = factor.device, [(factor.dtype, factor.device, 0.0)]
+    if len(factor) == 1:
+        ways += [(torch.float64, here, 0.0), (torch.float64, "cpu", 1e-9)]
     for dtype, device, added in ways:
         A = factor.to(device, dtype, copy=True)
         diagonal = A.diagonal(dim1=-2, dim2=-1)
         diagonal += added * diagonal.mean(dim=-1, keepdim=True)
         try:
             return torch.linalg.eigh(A).eigenvectors.flip(-1).to(factor)
-        except torch.linalg.LinAlgError:
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # LinAlgError is one; a GPU's library may raise others
             if added:
                 raise
+    return torch.cat([eigenbasis(matrix) for matrix in factor.split(1)])
 
 
 def refreshed_basis(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,6 +93,8 @@ class SOAP(Optimizer):
         betas: decay b1 and b2 of the first and second moment.
         shampoo_beta: decay b of the factors; None takes betas[1].
         precondition_frequency: steps between two refreshes of the eigenbases [the authors': 10].
+        stagger: refresh parameter i at every step s with s + i a multiple of that, so that no step
+            bears all refreshes. [False, as the authors: all in one step]
         max_precondition_dim: a side longer than this gets no factor; the other side still does.
 
     Raises ValueError for options out of range, RuntimeError for sparse or complex gradients.
@@ -102,6 +109,7 @@ class SOAP(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         precondition_frequency: int = 10,
+        stagger: bool = False,
         max_precondition_dim: int = LONGEST_SIDE,
     ):
         options = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
@@ -124,7 +132,7 @@ class SOAP(Optimizer):
         try:
             for group in self.param_groups:
                 alike = defaultdict(list)
-                for p in group["params"]:
+                for number, p in enumerate(group["params"]):
                     if p.grad is None or p.numel() == 0:
                         continue
                     if p.grad.is_sparse or p.is_complex():
@@ -132,20 +140,28 @@ class SOAP(Optimizer):
                     alone = p.device.type == "cpu" and p.numel() > ALONE_ON_CPU
                     kind = id(p) if alone else (p.shape, p.dtype, p.device)
                     # A parameter that had no gradient in some step has taken fewer steps.
-                    alike[kind, self.state[p].get("step", 0)].append(p)
-                for (_, step), params in alike.items():
-                    self._step_alike(params, step, group)
+                    alike[kind, self.state[p].get("step", 0)].append((p, number))
+                for (_, step), numbered in alike.items():
+                    params, numbers = zip(*numbered)
+                    due = [step + number * group["stagger"] for number in numbers]
+                    due = [i for i, x in enumerate(due) if x % group["precondition_frequency"] == 0]
+                    self._step_alike(params, step, group, due if step > 0 else [])
         finally:
             matmul.fp32_precision = precision
         return loss
 
-    def _step_alike(self, params: list[Tensor], step: int, group: dict) -> None:
-        """One update of parameters of one shape, stacked along a first axis."""
+    def _step_alike(
+        self, params: tuple[Tensor, ...], step: int, group: dict, due: list[int]
+    ) -> None:
+        """One update of parameters of one shape, stacked along a first axis.
+
+        due: numbers of those among them whose eigenbases are refreshed in this step.
+        """
 
         def stacked(tensors: list[Tensor]) -> Tensor:
             return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)  # [None]: a view
 
-        def project(X: Tensor, back: bool = False) -> Tensor:
+        def project(X: Tensor, S: dict[str, Tensor], back: bool = False) -> Tensor:
             """Into the eigenbasis, Q_L^T X Q_R, or back out of it, Q_L X Q_R^T."""
             if "L" in sides:
                 X = (S["basis_L"] if back else S["basis_L"].mT) @ X
@@ -168,10 +184,11 @@ class SOAP(Optimizer):
         # other basis, moves nothing, and in every later step the factors are updated last.
         if step > 0:
             beta1, beta2 = group["betas"]
-            projected = project(G)
+            projected = project(G, S)
             S["exp_avg"].lerp_(projected, 1 - beta1)
             S["exp_avg_sq"].lerp_(projected.square(), 1 - beta2)
-            update = project(S["exp_avg"] / S["exp_avg_sq"].sqrt().add_(group["eps"]), back=True)
+            update = S["exp_avg"] / S["exp_avg_sq"].sqrt().add_(group["eps"])
+            update = project(update, S, back=True)
             # Both moments started at zero `step` updates ago; the first step updated neither.
             lr = group["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
             updates = [u.view_as(p).to(p.dtype) for u, p in zip(update, params)]
@@ -179,27 +196,32 @@ class SOAP(Optimizer):
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
 
         beta = group["betas"][1] if group["shampoo_beta"] is None else group["shampoo_beta"]
-        refresh = step > 0 and step % group["precondition_frequency"] == 0
-        if refresh:  # M is linear in G: rotate it out of the old basis ...
-            S["exp_avg"] = project(S["exp_avg"], back=True)
         for side in sides:
             factor = S[f"factor_{side}"].lerp_(G @ G.mT if side == "L" else G.mT @ G, 1 - beta)
             if step == 0:
                 S[f"basis_{side}"] = eigenbasis(factor)
-            elif refresh:
-                S[f"basis_{side}"], order = refreshed_basis(factor, S[f"basis_{side}"])
-                # V holds squares, which cannot be rotated: each only follows its eigenvector.
+        if due:
+            D = S  # the stack of those that are due
+            if len(due) < len(params):
+                D = {name: stacked([x[i] for i in due]) for name, x in S.items()}
+            # M is linear in G: rotate it out of the old basis and into the new one. V holds
+            # squares, which cannot be rotated: each only follows its eigenvector.
+            M = project(D["exp_avg"], D, back=True)
+            for side in sides:
+                D[f"basis_{side}"], order = refreshed_basis(D[f"factor_{side}"], D[f"basis_{side}"])
                 order, axis = (order[:, :, None], 1) if side == "L" else (order[:, None, :], 2)
-                S["exp_avg_sq"] = S["exp_avg_sq"].take_along_dim(order, axis)
-        if refresh:  # ... and into the new one
-            S["exp_avg"] = project(S["exp_avg"])
+                D["exp_avg_sq"] = D["exp_avg_sq"].take_along_dim(order, axis)
+            D["exp_avg"] = project(M, D)
+            if D is not S:
+                for name in kept:
+                    torch._foreach_copy_([S[name][i] for i in due], list(D[name]))
 
         for i, state in enumerate(states):
             state["step"] = step + 1
             if step == 0:  # cloned, because a view would keep the whole stack in memory
                 state |= {name: S[name][i].clone() for name in kept}
         for name in kept:
-            changed = refresh or not name.startswith("basis")
+            changed = due or not name.startswith("basis")
             if changed and S[name].data_ptr() != states[0][name].data_ptr():  # not in place
                 torch._foreach_copy_([state[name] for state in states], list(S[name]))
 

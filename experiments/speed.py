@@ -131,7 +131,8 @@ def soap(p: Parser) -> None:
     """Times an optimizer's step: our SOAP, pytorch-optimizer's SOAP, and AdamW as the floor.
 
     All get the same gradients for the blocks of a ViT. A turn is ten steps, of which one refreshes
-    the eigenbases, as in training.
+    the eigenbases, as in training on a CPU. Then how much longer the longest step is than the
+    median one, with all refreshes in one step and with staggered ones, as in training on a GPU.
     """
     p.add_argument("--model", choices=PRESETS, default="nano", help="size of the ViT [nano]")
     p.add_argument("--tens", type=REPEATS, default=6, help="turns of ten steps to time [6]")
@@ -149,6 +150,11 @@ def soap(p: Parser) -> None:
         ways[name] = kind(blocks.parameters(), lr=1e-4).step
     times = in_turns(ways, args.tens, calls=10)  # the warm-up builds SOAP's factors
     report(f"{args.model}, {device}, ten steps", times, (peer, "SOAP here"))
+    for name, stagger in (("in one step", False), ("staggered", True)):
+        step = SOAP(blocks.parameters(), stagger=stagger).step
+        steps = in_turns({"": step}, 10 * args.tens)[""]
+        longest = max(steps) / median(steps)
+        print(f"       refreshes {name}: the longest step takes {longest:.1f} times the median")
 
 
 def one_svd_per_head(dim: int, num_heads: int, alpha: float = 2.0, beta: float = 0.6) -> list:

@@ -53,6 +53,24 @@ def test_same_trajectory_as_an_independent_soap(alone, options, monkeypatch):
         assert not torch.allclose(a, start, rtol=1e-2)
 
 
+def test_each_beta_has_its_own_place():
+    """By hand: a vector takes Adam's steps, of which the first moves nothing; Shampoo's factors are
+    averaged by b2, unless they have a beta of their own."""
+    gradients = [torch.tensor(x, dtype=torch.float64) for x in (7.0, 2.0, 6.0)]
+    for shampoo_beta, b in ((None, 0.87), (0.6, 0.6)):
+        vector, matrix = (nn.Parameter(torch.zeros(s, dtype=torch.float64)) for s in (3, (2, 2)))
+        options = dict(lr=0.1, betas=(0.91, 0.87), eps=1e-12, weight_decay=0)
+        optimizer = SOAP([vector, matrix], **options, shampoo_beta=shampoo_beta)
+        for g in gradients:
+            vector.grad, matrix.grad = g.expand(3), g * torch.eye(2, dtype=torch.float64)
+            optimizer.step()
+        m, v = 0.09 * (0.91 * 2 + 6), 0.13 * (0.87 * 2**2 + 6**2)
+        second = (m / (1 - 0.91**2)) / (v / (1 - 0.87**2)) ** 0.5
+        assert vector.tolist() == pytest.approx([-0.1 * (1 + second)] * 3)
+        factor = (1 - b) * (b**2 * 7**2 + b * 2**2 + 6**2) * torch.eye(2, dtype=torch.float64)
+        torch.testing.assert_close(optimizer.state[matrix]["factor_L"], factor)
+
+
 def test_each_parameter_moves_as_it_would_alone():
     """Stacked with others of its shape; the first one has no gradient in the first three steps."""
     together, alone = parameters(), parameters()
@@ -76,31 +94,79 @@ def test_shapes_as_matrices():
     assert kept["basis_R"] == (8, 8) and kept_of(torch.Size((8, 3, 4, 4)))["exp_avg"] == (8, 48)
 
 
-@pytest.mark.parametrize("failures", [0, 1, 2, 3])
+@pytest.mark.parametrize("failures", [0, 1, 2, 3, 4])
 def test_an_eigenbasis_is_found_where_the_float32_solver_fails(failures, monkeypatch):
-    """For a factor of rank 3 in 40 dimensions, like those of the first steps."""
+    """For factors of rank 3 in 40 dimensions, like those of the first steps; the solver fails on
+    the second one, and the first keeps its own precision."""
     calls, real = [], torch.linalg.eigh
-
-    def eigh(A):
-        calls.append(A.dtype)
-        if len(calls) <= failures:
-            raise torch.linalg.LinAlgError("ill-conditioned or too many repeated eigenvalues")
-        return real(A)
-
     torch.manual_seed(0)
     X = torch.randn(2, 40, 3)
+    factors = X @ X.mT
+
+    def eigh(A):
+        bad = torch.allclose(A[-1].float(), factors[1], rtol=1e-3)
+        calls.append((len(A), bad, A.dtype))
+        if sum(bad for _, bad, _ in calls) <= failures and bad:
+            raise RuntimeError("cusolver error")
+        return real(A)
+
     monkeypatch.setattr(torch.linalg, "eigh", eigh)
-    if failures == 3:
-        with pytest.raises(torch.linalg.LinAlgError, match="ill-cond"):
-            eigenbasis(X @ X.mT)
+    if failures == 4:
+        with pytest.raises(RuntimeError, match="cusolver"):
+            eigenbasis(factors)
         return
-    Q = eigenbasis(X @ X.mT)
-    assert calls == [torch.float32, torch.float64, torch.float64][: failures + 1]
+    Q = eigenbasis(factors)
+    alone = [(1, False, torch.float32), (1, True, torch.float32)]
+    alone += [(1, True, torch.float64)] * 2
+    assert calls == [(2, True, torch.float32), *alone][: 1 + failures + (failures > 0)]
     assert Q.dtype == torch.float32
     torch.testing.assert_close(Q.mT @ Q, torch.eye(40).expand(2, 40, 40), atol=1e-5, rtol=0)
     values = (Q.mT @ X @ X.mT @ Q).diagonal(dim1=-2, dim2=-1)
     expected = nn.functional.pad(torch.linalg.svdvals(X).square(), (0, 37))
     torch.testing.assert_close(values, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_memory_that_runs_out_is_no_failure_of_the_solver(monkeypatch):
+    def eigh(A):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    with pytest.raises(torch.OutOfMemoryError):
+        eigenbasis(torch.eye(3).expand(2, 3, 3))
+
+
+@pytest.mark.parametrize("alone", [0, 2**15])
+def test_staggered_refreshes_take_turns(alone, monkeypatch):
+    """Parameter i at every step s with s + i a multiple of 7, and then as the authors' do: it moves
+    as by itself in a SOAP whose counter is i steps ahead. Stacked, or one by one."""
+    monkeypatch.setattr(soap, "ALONE_ON_CPU", alone)
+    sizes, real = [], soap.refreshed_basis
+
+    def counted(factor, basis):
+        sizes.append(len(factor))
+        return real(factor, basis)
+
+    monkeypatch.setattr(soap, "refreshed_basis", counted)
+    params = [nn.Parameter(torch.randn(6, 6, dtype=torch.float64)) for _ in range(8)]
+    twins = [nn.Parameter(p.detach().clone()) for p in params]
+    odd = ODD | dict(stagger=True)
+    together, each = SOAP(params, **odd), [SOAP([twin], **ODD) for twin in twins]
+    found = []
+    for step in range(16):
+        for p, twin in zip(params, twins):
+            p.grad = torch.randn(6, 6, dtype=torch.float64)
+            twin.grad = p.grad.clone()
+        sizes.clear()
+        together.step()
+        found.append(sum(sizes) // 2)  # of both sides
+        for number, optimizer in enumerate(each):  # each refreshes when the step says so
+            due = step > 0 and (step + number) % 7 == 0
+            optimizer.param_groups[0]["precondition_frequency"] = step if due else 10**9
+            optimizer.step()
+    expected = [sum((s + i) % 7 == 0 for i in range(8)) if s else 0 for s in range(16)]
+    assert found == expected and max(found) == 2
+    for p, twin in zip(params, twins):
+        torch.testing.assert_close(p, twin, rtol=1e-9, atol=1e-12)
 
 
 def test_products_are_in_full_float32_and_the_user_s_setting_comes_back(monkeypatch):
