@@ -3,7 +3,8 @@
 segment   A linear probe on the tokens predicts the class of every pixel. Reports mIoU, beside two
           baselines: the most frequent class everywhere, and a probe on the untrained network.
 discover  TokenCut finds the object in an image without any training, by cutting the graph of its
-          patches in two. Reports CorLoc, the percentage of images in which its box is found.
+          patches in two. Reports CorLoc, the percentage of images in which its box is found; of
+          --images, which have no true boxes, it draws the cut instead.
 picture   Shows the tokens' first three principal components as red, green and blue, and where the
           class token attends, if there is one. spread: the distance of the tokens from their mean,
           relative to their norm; below 1e-3 they are alike, and the panel is grey, because its
@@ -12,6 +13,7 @@ picture   Shows the tokens' first three principal components as red, green and b
     python eval_dense.py segment RUN/last.pt
     python eval_dense.py segment RUN/last.pt --data ROOT --ignore 11 --blocks 3 6 9 12
     python eval_dense.py discover RUN/last.pt OTHER/last.pt
+    python eval_dense.py discover RUN/last.pt --images dog.jpg --image-size 224
     python eval_dense.py picture RUN/last.pt OTHER/last.pt --images street.png
     python eval_dense.py picture --random-init residual --random-init skipless-paper
 
@@ -19,7 +21,8 @@ ROOT holds train/images/*, train/masks/<the image's stem>.png, and the same unde
 which the figures are reported on. A mask is an image with one channel, whose values are class ids.
 `discover` does not read train/; it takes the true boxes from ROOT/boxes.tsv, if there is one, with
 one line per box: file relative to ROOT, x0, y0, x1, y1 in pixels, separated by tabs. Without --data
-the images are synthetic. OUT gets COMMAND.json or picture.png. `COMMAND --help` lists the flags.
+the images are synthetic. OUT gets COMMAND.json, cut.png or picture.png. `COMMAND --help` lists the
+flags.
 """
 
 import json
@@ -28,7 +31,6 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -263,6 +265,12 @@ def tokencut(keys: Tensor, rows: int, tau: float) -> Tensor:
     return torch.from_numpy(components == components.flat[seed])
 
 
+def box_of(object: Tensor, size: scenes.Size) -> Tensor:
+    """The box around an object of patches (row, column), in the pixels of its image: (1, 4)."""
+    patch = torch.tensor(size).double() / torch.tensor(object.shape)  # height, width
+    return scenes.boxes_around(object[None]) * patch.flip(0).repeat(2)
+
+
 def corloc(objects: Iterable[Tensor], boxes: list[Tensor], sizes: list[scenes.Size]) -> float:
     """Percentage of the images with true boxes in which the box around the predicted object has an
     IoU of at least 0.5 with any true box. Per image: objects (row, column) bool, boxes (box, 4),
@@ -270,13 +278,43 @@ def corloc(objects: Iterable[Tensor], boxes: list[Tensor], sizes: list[scenes.Si
     found = []
     for predicted, true, size in zip(objects, boxes, sizes):
         if len(true):
-            patch = torch.tensor(size).double() / torch.tensor(predicted.shape)  # height, width
-            box = scenes.boxes_around(predicted[None]) * patch.flip(0).repeat(2)
-            found.append(float(box_iou(box, true).max() >= 0.5))
+            found.append(float(box_iou(box_of(predicted, size), true).max() >= 0.5))
     return 100 * sum(found) / len(found)
 
 
+def objects_in(images: scenes.Scenes, name: str, model: ViT, size, args) -> Iterator[Tensor]:
+    """`tokencut` of each image."""
+    for inputs in network_inputs(images, size, args.device, name):
+        for keys in last_keys(model, inputs):
+            yield tokencut(keys, size[0] // model.config["patch_size"], args.tau)
+
+
+def draw_cuts(args: Namespace, models: dict[str, ViT]) -> None:
+    """For each network one row of --images, dark outside the object, with the box around it."""
+    pictured = scenes.image_files(args.images)
+    size = input_size(args, models, pictured.sizes[0])
+    make_folder(args.out)
+    inches = 2.4 * len(args.images), (0.3 + 2.4 * size[0] / size[1]) * len(models)
+    options = dict(figsize=inches, layout="constrained", squeeze=False)
+    figure, axes = pictures.plt.subplots(len(models), len(args.images), **options)
+    for row, (name, model) in zip(axes, models.items()):
+        row[0].set_title(name, loc="left", fontsize=10)
+        for i, object in enumerate(objects_in(pictured, name, model, size, args)):
+            inside = F.interpolate(object[None, None].double(), pictured.sizes[i])[0]
+            pixels = pictured.image(i) / 255 * (0.3 + 0.7 * inside)
+            row[i].imshow(rearrange(pixels, "colour row col -> row col colour").numpy())
+            # imshow puts the centre of the first pixel at 0, so its corner is at -0.5
+            x0, y0, x1, y1 = (box_of(object, pictured.sizes[i])[0] - 0.5).tolist()
+            box = pictures.plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="#e69f00")
+            row[i].add_patch(box)
+            row[i].set_axis_off()
+    pictures.save_figure(figure, args.out / "cut.png")
+    print(args.out / "cut.png")
+
+
 def discover(args: Namespace, models: dict[str, ViT]) -> None:
+    if args.images:
+        return draw_cuts(args, models)
     reported = load_images(args, "val", 500)
     size = input_size(args, models, reported.sizes[0])
     boxes = scenes.true_boxes(reported, args.data, args.ignore)
@@ -286,11 +324,7 @@ def discover(args: Namespace, models: dict[str, ViT]) -> None:
     whole = [torch.ones(1, 1, dtype=torch.bool)] * len(boxes)
     results = {"the whole image": dict(corloc=corloc(whole, boxes, reported.sizes))}
     for name, model in models.items():
-        objects = (
-            tokencut(keys, size[0] // model.config["patch_size"], args.tau)
-            for images in network_inputs(reported, size, args.device, name)
-            for keys in last_keys(model, images)
-        )
+        objects = objects_in(reported, name, model, size, args)
         results[name] = dict(corloc=corloc(objects, boxes, reported.sizes))
     write_results(args, results, ["corloc"], images=with_box, size=size)
 
@@ -364,7 +398,8 @@ def picture(args: Namespace, models: dict[str, ViT]) -> None:
     kinds = 1 + any(model.cls_token is not None for model in models.values())  # tokens, attention
     panel, columns = 1.3, 1 + kinds * max(map(len, blocks.values()))  # inches
     rows = 0.8 + (0.25 + panel * size[0] / size[1]) * len(images)  # inches for each network
-    figure = plt.figure(figsize=(panel * columns, rows * len(models)), layout="constrained")
+    inches = panel * columns, rows * len(models)
+    figure = pictures.plt.figure(figsize=inches, layout="constrained")
     parts = figure.subfigures(len(models), 1, squeeze=False)[:, 0]
     for part, (name, model) in zip(parts, models.items()):
         part.suptitle(name, color=pictures.colour_of(name, list(models)))
@@ -399,6 +434,7 @@ def parse_arguments() -> Namespace:
             add("--epochs", type=COUNT, default=20, help="passes over the training images [20]")
         elif name == "discover":
             add("--tau", type=FRACTION, default=0.2, help="cosine above which patches join [0.2]")
+            add("--images", nargs="+", type=PATH, metavar="FILE", help="draw the cut of these")
         else:
             add("--blocks", nargs="+", type=COUNT, help="show these [four, evenly spaced]")
             add("--images", nargs="+", type=PATH, metavar="FILE", help="[two synthetic images]")
@@ -411,6 +447,8 @@ def parse_arguments() -> Namespace:
         add("--seed", type=SEED, default=0, help="of the probe and of fresh networks [0]")
         add("--out", type=PATH, default=Path("runs/dense"), help="results' folder [runs/dense]")
     args = p.parse_args()
+    if args.command == "discover" and args.images and args.data:
+        raise UserError("--images have no true boxes and --data's are not drawn; leave one out")
     if args.image_size:
         if len(args.image_size) > 2:
             raise UserError(f"--image-size takes one or two numbers, not {len(args.image_size)}")

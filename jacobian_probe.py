@@ -33,7 +33,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
-from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Tensor
 
 from beyond.arms import ARM, ARMS, fresh_arm, trained_vit, untrained_vit
@@ -43,7 +42,7 @@ from support.data import augmentations, image_folder, normalise
 from support.errors import UserError, errors_in_one_line
 from support.files import load_checkpoint, make_folder, write_atomically
 from support.flags import COUNT, NAME, NOT_NEGATIVE, PATH, Parser, flag_of
-from support.pictures import colour_of, plt, save_figure, shortened, tidy
+from support.pictures import MaxNLocator, colour_of, plt, save_figure, shortened, tidy
 from support.processes import progress, start_processes
 from support.shapes import draw_shapes
 
@@ -401,7 +400,7 @@ def draw(results: dict[str, dict], path: Path, title: str) -> None:
             ax.set_ylim(0, 1)
         else:
             ax.set_yscale("log")
-            ax.yaxis.set(major_locator=LogLocator(numticks=6), major_formatter=log_tick)
+            ax.yaxis.set(major_locator=plt.LogLocator(numticks=6), major_formatter=log_tick)
             low, high = ax.get_ylim()
             ax.set_ylim(min(low, high / 100), max(high, low * 100))  # so that two ticks show
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))

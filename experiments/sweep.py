@@ -32,6 +32,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
 
@@ -52,8 +54,18 @@ METRICS = {"train_cls.py": "top1", "train_ssl.py": "knn"}
 TITLES = dict(top1="top-1, %", knn="k-NN accuracy, %", soap="SOAP", adamw="AdamW")
 RATES = [float(f"{digit}e-{power}") for power in range(6, 0, -1) for digit in (1, 3)]
 PROBE = "last"  # a probe's folder in that of its run: it reads the tokens of the last block
-SET_BY_SWEEP = "--data --out --resume --eval --lr --seed --epochs --depth --opt --skipless --init "
-SET_BY_SWEEP += "--norm --attention --activation"
+SET_BY_SWEEP = "--data --out --init-from --resume --eval --lr --seed --epochs --depth --opt "
+SET_BY_SWEEP += "--skipless --init --norm --attention --activation"
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raises UserError where this file does not hold what is taken from it."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        advice = "use another copy, or delete it and run the sweep again"
+        raise UserError(f"{path} is damaged ({error}); {advice}") from error
 
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -85,8 +97,15 @@ def log_of(args: argparse.Namespace, folder: Path) -> list[dict] | None:
     """The log of a finished run; [] if the run diverged, None if it is not finished."""
     if (folder / "diverged.txt").exists():
         return []
-    rows = files.read_log(folder / "log.jsonl")
-    return rows if rows and rows[-1]["epoch"] == epochs_of(args, folder) else None
+    path = folder / "log.jsonl"
+    with reading(path):
+        rows = files.read_log(path)
+        for row in rows:
+            row["epoch"] + (row.get(args.metric) or 0.0)  # raises where one is no number
+        if not rows or rows[-1]["epoch"] != epochs_of(args, folder):
+            return None
+        rows[-1][args.metric] + 0.0
+    return rows
 
 
 def tuning_results(args: argparse.Namespace, cell: str) -> dict[float, list[tuple]]:
@@ -126,14 +145,32 @@ def next_runs(results: dict[float, list[tuple]], first: list[float]) -> list[tup
     return [(rate, 0) for rate in below[-1:] + above[:1]] or again
 
 
+def read_settings(work: Path) -> dict:
+    """What `check_same_sweep` wrote, and the metric."""
+    path = work / "sweep.json"
+    with reading(path):
+        settings = json.loads(path.read_text())
+        script, _, _ = (settings[name] for name in ("script", "tune_epochs", "epochs"))
+        return settings | dict(metric=METRICS[script])
+
+
 def check_same_sweep(args: argparse.Namespace, train: ImageFolder) -> None:
-    """Write WORK/sweep.json, what all runs there share. Raises UserError where that differs."""
+    """Write WORK/sweep.json, what all runs there share. Raises UserError where that differs, and
+    where there are too few classes or images."""
+    sizes = sorted(Counter(train.targets).items())[: args.classes]  # (class, training images)
+    if len(sizes) < (args.classes or 0):
+        raise UserError(f"--classes {args.classes}: --data {args.data} has only {len(sizes)}")
+    for label, size in sizes:
+        if size == 1:
+            rule = "one is held back, and none is left to train on; add another, or drop the class"
+            where = Path(train.root) / train.classes[label]
+            raise UserError(f"{where} holds a single image: {rule}")
     shared = "script classes tune_epochs epochs skipless_epochs flags".split()
     # One image more would move others between the two parts of the training images, and later runs
     # would be measured on what earlier ones trained on.
     settings = {name: vars(args)[name] for name in shared} | dict(images=listing(train))
     path = args.work / "sweep.json"
-    before = json.loads(path.read_text()) if path.exists() else settings
+    before = read_settings(args.work) if path.exists() else settings
     for name, value in settings.items():
         if (old := before.get(name)) != value:
             raise UserError(f"{args.work} has runs with {name} {old}, not {value}; name another")
@@ -142,10 +179,8 @@ def check_same_sweep(args: argparse.Namespace, train: ImageFolder) -> None:
 
 def link_images(args: argparse.Namespace, train: ImageFolder) -> None:
     """WORK/images/full/{train,val} are links to the first classes of DATA, WORK/images/tune/{train,
-    val} to their training images, every fifth of a class in val. Raises UserError."""
+    val} to their training images, every fifth of a class in val."""
     classes, links, seen = train.classes[: args.classes], {}, Counter()
-    if len(classes) < (args.classes or 0):
-        raise UserError(f"--classes {args.classes}: --data {args.data} has only {len(classes)}")
     for split in ("train", "val"):
         links |= {f"full/{split}/{name}": args.data.absolute() / split / name for name in classes}
     for path, label in train.samples:
@@ -200,7 +235,8 @@ def result_of(args: argparse.Namespace, folder: Path) -> str | None:
 
 def result_of_ended(args: argparse.Namespace, folder: Path, code: int) -> str:
     """The result of a run whose process has ended. Raises UserError where it has none."""
-    last = ["no output", *(folder / "output.txt").read_text().strip().splitlines()][-1]
+    output = (folder / "output.txt").read_text(errors="replace")
+    last = ["no output", *output.strip().splitlines()][-1]
     if code == 1 and last.startswith("error: ") and "--lr" in last:  # a number was not finite
         (folder / "diverged.txt").write_text(last + "\n")
     elif code or not result_of(args, folder):
@@ -348,16 +384,23 @@ def probe_results(folders: list[Path]) -> list[str]:
     """mIoU in percent of the linear probes: mean and range, mean of the same networks before
     training, and what naming the commonest class everywhere gives; [] if there are no probes."""
     paths = [folder / PROBE / "segment.json" for folder in folders]
-    results = [json.loads(path.read_text())["results"] for path in paths if path.exists()]
+    results = []
+    for path in filter(Path.exists, paths):
+        with reading(path):
+            one_class, trained, untrained = json.loads(path.read_text())["results"].values()
+            results.append([x["miou"] + 0.0 for x in (one_class, trained, untrained)])
     if not results:
         return []
-    one_class, trained, untrained = zip(*[[x["miou"] for x in of.values()] for of in results])
+    one_class, trained, untrained = zip(*results)
     return [*mean_and_range(trained), f"{mean(untrained):.1f}", f"{mean(one_class):.1f}"]
 
 
 def report(args: argparse.Namespace) -> None:
     """Write table.md, curves.png, and rates.png (held-back result against learning rate)."""
-    cells = {settings_of(folder)[2::-1] for folder in runs(args.work, "tune/")}
+    folders = [*runs(args.work, "tune/"), *runs(args.work, "full/")]
+    if unfinished := [x.relative_to(args.work) for x in folders if log_of(args, x) is None]:
+        print("left out, because they are not finished:", *unfinished, sep="\n  ")
+    cells = {settings_of(folder)[2::-1] for folder in folders if folder.parent.name == "tune"}
     rows, curves, rates, metric = [], {}, {}, args.metric
     for opt, depth, arm in sorted(cells):
         cell = f"{arm}-{depth}-{opt}"
@@ -422,9 +465,9 @@ def main() -> None:
     args = parse_arguments(sys.argv[1:])
     if args.table:
         args.work = args.table
-        vars(args).update(json.loads((args.work / "sweep.json").read_text()))
-    args.metric = METRICS[args.script]
-    if not args.table:
+        vars(args).update(read_settings(args.work))
+    else:
+        args.metric = METRICS[args.script]
         files.make_folder(args.work)
         files.lock(args.work)
         train, _ = image_folders(str(args.data.absolute()), check=False)

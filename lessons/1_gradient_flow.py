@@ -18,14 +18,13 @@ ten times as large: skips can explode as well, which is why transformers have no
 
 import sys
 
-import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
 sys.path.insert(1, f"{sys.path[0]}/..")  # the project's root
 from support.errors import errors_in_one_line
 from support.flags import lesson_flags
-from support.pictures import ARM_COLOURS, save_figure, tidy
+from support.pictures import ARM_COLOURS, plt, save_figure, tidy
 
 LAYERS, WIDTH, BRANCH = 50, 64, 0.1  # the skip is x + BRANCH F(x)
 

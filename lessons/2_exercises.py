@@ -20,7 +20,6 @@ Change and try: sigmoid(... - 6) as the gate. It starts almost closed, and the g
 import sys
 from statistics import median
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 sys.path.insert(1, f"{sys.path[0]}/..")  # the project's root
 from support.errors import errors_in_one_line
 from support.flags import lesson_flags
-from support.pictures import ARM_COLOURS, save_figure, tidy
+from support.pictures import ARM_COLOURS, plt, save_figure, tidy
 
 LAYERS, WIDTH = 50, 64
 DEPTHS = [2, 4, 8, 16, 32, 64]  # tried in question 3

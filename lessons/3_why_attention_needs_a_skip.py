@@ -18,7 +18,6 @@ pick the same one, and the collapse comes all the same.
 
 import sys
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -27,7 +26,7 @@ from torch import Tensor
 sys.path.insert(1, f"{sys.path[0]}/..")  # the project's root
 from support.errors import errors_in_one_line
 from support.flags import lesson_flags
-from support.pictures import ARM_COLOURS, save_figure, tidy
+from support.pictures import ARM_COLOURS, plt, save_figure, tidy
 
 TOKENS, DIM, BLOCKS = 6, 32, 8
 STDS = {"usual": 0.02, "larger": 0.15}  # of all weights; 0.02 is the usual init of a ViT

@@ -23,7 +23,6 @@ Change and try: (2, 10) in CONSTANTS. Even in nano a token keeps 0.85, and token
 import sys
 from statistics import mean, median
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -32,7 +31,7 @@ sys.path.insert(1, f"{sys.path[0]}/..")  # the project's root
 import minskip
 from support.errors import errors_in_one_line
 from support.flags import lesson_flags
-from support.pictures import OTHER_COLOURS, save_figure, tidy
+from support.pictures import OTHER_COLOURS, plt, save_figure, tidy
 
 SIZES = {  # width d, heads, tokens
     "ViT-B": (768, 12, 197),

@@ -22,7 +22,6 @@ import math
 import sys
 from statistics import linear_regression, mean
 
-import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +31,7 @@ from beyond.variants import vary_
 from minskip import ViT
 from support.errors import errors_in_one_line
 from support.flags import lesson_flags
-from support.pictures import OTHER_COLOURS, save_figure, tidy
+from support.pictures import OTHER_COLOURS, plt, save_figure, tidy
 
 TOKENS, DIM, IMAGES = 16, 256, 4
 DEPTHS = [1, 2, 4, 8, 16, 32, 64]

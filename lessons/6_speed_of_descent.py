@@ -22,14 +22,13 @@ Change and try: TRAINED = ["W_1", "W_2"]. Z then stays as it is, and the skip he
 import sys
 from functools import partial
 
-import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
 sys.path.insert(1, f"{sys.path[0]}/..")  # the project's root
 from support.errors import errors_in_one_line
 from support.flags import lesson_flags
-from support.pictures import ARM_COLOURS, save_figure, tidy
+from support.pictures import ARM_COLOURS, plt, save_figure, tidy
 
 TOKENS, DIM, HIDDEN = 32, 64, 256
 INPUTS = {"tokens alike": (0.5, 0.2), "tokens independent": (0.0, 1.0)}  # correlation, factor

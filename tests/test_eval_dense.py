@@ -384,6 +384,35 @@ def test_discover_cuts_every_image(here, tmp_path, monkeypatch, capsys):
     assert "mean             corloc  12.5 %" in printed
 
 
+def test_discover_draws_the_cut_of_photographs(here, tmp_path, monkeypatch, capsys):
+    """Each at its own size, dark outside the object, with the box that CorLoc would judge."""
+    paths = [here / f"scenes/test/images/{i}.png" for i in (3, 0)]
+    words = ["--tau", "0.9", "--image-size", "32", "40", "--images", *paths]
+    caught, cwd = [], tmp_path
+    monkeypatch.setattr(pictures, "save_figure", lambda *x: caught.append(x))
+    words = ["discover", here / "runs/mean/last.pt", *words, "--out", "o"]
+    run_main(eval_dense.main, words, cwd, monkeypatch)
+    assert capsys.readouterr().out.endswith("\no/cut.png\n") and list((cwd / "o").iterdir()) == []
+    [(figure, path)] = caught
+    trained, untrained = np.array(figure.axes).reshape(2, 2)
+    titles = [row[0].get_title(loc="left") for row in (trained, untrained)]
+    assert titles == ["mean", "mean, untrained"] and path == Path("o/cut.png")
+    inputs = read_by_hand(here / "scenes", "test", [32, 40])[0][[3, 0]]
+    for ax, path, keys in zip(trained, paths, eval_dense.last_keys(network("mean", 3), inputs)):
+        image, object = np.array(Image.open(path)) / 255, eval_dense.tokencut(keys, 4, 0.9).numpy()
+        assert 0 < object.sum() < object.size
+        height, width, _ = image.shape
+        rows, columns = np.arange(height) * 4 // height, np.arange(width) * 5 // width
+        inside = object[rows][:, columns, None]
+        assert np.allclose(ax.images[0].get_array(), np.where(inside, image, 0.3 * image))
+        y, x = (np.flatnonzero(object.any(axis)) for axis in (1, 0))
+        [box] = ax.patches
+        found = np.array(box.get_bbox().extents) + 0.5
+        corners = x[0] * width / 5, y[0] * height / 4, (x[-1] + 1) * width / 5
+        assert found == pytest.approx([*corners, (y[-1] + 1) * height / 4])
+    plt.close(figure)
+
+
 def figure_of(words, cwd: Path, monkeypatch) -> plt.Figure:
     """The figure that `picture` saves into OUT."""
     caught, real = [], pictures.save_figure
@@ -467,6 +496,9 @@ BAD_FLAGS = {
     "picture {a} --blocks 0": "--blocks: must be at least 1",
     "picture {a} --images {image} nowhere.png": "^error: nowhere.png: No such file or directory",
     "picture {a} --images {a}": "cannot read image .*last.pt",
+    "discover {a} --images {image} nowhere.png": "^error: nowhere.png: No such file or directory",
+    "discover {a} --images {image} --data {root}": "--images have no true boxes .* leave one out",
+    "discover {a} --images {image} --out {image}": "cannot write into this folder",
     "discover {a} --tau 1": "--tau: must lie in",
     "segment {a} --data {root} --out {image} --ignore 11": "cannot write into this folder",
     "discover {a} --data {root} --out {image} --ignore 11": "cannot write into this folder",

@@ -9,11 +9,41 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from conftest import ROOT, assert_fails_in_one_line, run_here, run_main
+from matplotlib.colors import to_hex
 from torch.nn.functional import scaled_dot_product_attention
+
+from support import pictures
 
 LESSONS = sorted((ROOT / "lessons").glob("*.py"))
 MODULES = [importlib.import_module(f"lessons.{path.stem}") for path in LESSONS]
 flow, exercises, why, constants, depth, speed = MODULES
+
+BLUE, ORANGE = (
+    pictures.ARM_COLOURS[arm] for arm in ("residual", "skipless-default")
+)  # skips: blue
+KINDS = pictures.OTHER_COLOURS[:4]
+LEARNS = [*[ORANGE] * 2, *[BLUE] * 8, *[ORANGE] * 2, *[BLUE] * 6]  # in the stub below
+LOOKS = {  # of each panel: how its title begins, the scales of x and y, and the lines' colours
+    flow: [("size of the gradient", "linear", "log", [BLUE, BLUE, ORANGE, ORANGE])],
+    exercises: [
+        ("gradient at layer 1", "log", "linear", LEARNS),
+        ("rms of the output", "log", "linear", LEARNS),
+        ("depth that learns", "log", "linear", LEARNS),
+    ],
+    why: [
+        ("the n d = 6 x 32 singular", "linear", "log", [BLUE, BLUE, ORANGE, ORANGE, "grey"]),
+        ("1 - correlation", "linear", "log", [BLUE, BLUE, ORANGE, ORANGE]),
+    ],
+    constants: [
+        ("own-token share", "linear", "linear", KINDS[:2]),
+        ("kappa(K)", "linear", "log", KINDS[:3]),
+        ("1 - correlation", "linear", "log", [c for c in KINDS[:3] for _ in range(2)]),
+    ],
+    depth: [(f"J, against {x}", scale, "log", [c for c in KINDS for _ in range(3)])
+            for x, scale in (("depth L", "log"), ("sqrt(L)", "linear"))],
+    speed: [(f"loss / first loss, tokens {kind}", "log", "log", [ORANGE, ORANGE, BLUE, BLUE])
+            for kind in ("alike", "independent")],
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -26,6 +56,12 @@ def run(tmp_path, monkeypatch, capsys):
         def save(figure, path):
             figure.savefig(path, dpi=30)  # so that what cannot be drawn fails here
             assert lesson.__name__ == f"lessons.{path.stem}"
+            for ax, (title, x, y, colours) in zip(figure.axes, LOOKS[lesson], strict=True):
+                assert ax.get_title().startswith(title)
+                assert (ax.get_xscale(), ax.get_yscale()) == (x, y)
+                assert [to_hex(line.get_color()) for line in ax.lines] == [*map(to_hex, colours)]
+                labels = ax.get_legend_handles_labels()[1]
+                assert len({*labels}) == len(labels)
             drawn.extend([list(line.get_ydata()) for line in ax.lines] for ax in figure.axes)
 
         monkeypatch.setattr(lesson, "save_figure", save)
@@ -81,6 +117,8 @@ MEASURED = {  # gradient at the first of 50 layers and rms of the output, as in 
 
 
 def test_the_exercises_table_and_picture(run, monkeypatch):
+    # with a third of Adam's rate x F(x) learns at no depth, with three times the rate at 8 layers
+    assert [exercises.greatest_depth("x F(x)", seed) for seed in (0, 1)] == [4, 4]
     assert exercises.greatest_depth("F(x)", 0) == 8 and exercises.learns("x + 0.1 F(x)", 32, 0)
     succeeds = dict.fromkeys(MEASURED, 100) | {"F(x)": 16, "x F(x)": 1}  # made up: Adam takes long
     monkeypatch.setattr(exercises, "learns", lambda name, depth, seed: depth <= succeeds[name])
@@ -113,6 +151,12 @@ def test_softmax_attention_collapses_in_two_blocks_without_a_skip(run):
         assert row.startswith(f"{K}, {size}") and len(s) == 192 and len(d) == 9
         printed = [float(number) for number in row.split()[-4:]]
         assert printed == pytest.approx([s[0] / s[-1], d[1], d[2], d[8]], rel=0.06)
+    for (K, size), *drawn in zip(cases, singular, different):
+        torch.manual_seed(0)
+        skip = K.startswith("K + I")
+        for line, function in zip(drawn, (why.spectrum, why.differences)):
+            seeds = [function(why.STDS[size], skip) for _ in range(3)]
+            assert line == pytest.approx([median(values) for values in zip(*seeds)])
     (lifted, _, bare, _), (kept, _, lost, later) = singular, different
     assert lifted[-1] > 0.9 and lifted[0] < 1.1 and min(kept) > 0.9
     assert bare[0] > 30 * bare[32] and bare[0] > 1e6 * bare[-1]
@@ -147,12 +191,12 @@ def test_what_alpha_beta_and_c_do():
 
 
 def test_the_table_and_picture_of_the_constants(run, monkeypatch):
-    monkeypatch.setattr(constants, "SIZES", {"small": (64, 2, 16)})
+    monkeypatch.setattr(constants, "SIZES", {"small": (64, 2, 16), "large": (1, 1, 1)})
     monkeypatch.setattr(constants, "own_token_share", lambda size, a, b, seed: a + b + seed**2)
     monkeypatch.setattr(constants, "kappa", lambda a, b, seed: 10 + a + b + seed**2)
     lines, [left, middle, right] = run(constants, 3)
     assert lines[1].split()[:7] == "small 4.27 (2.60 .. 6.60) 4.47 (2.80".split()
-    assert left == [pytest.approx([2 + b + 5 / 3 for b in constants.BETAS])]
+    assert left == [pytest.approx([2 + b + 5 / 3 for b in constants.BETAS])] * 2
     assert middle == [pytest.approx([11 + a + b for b in constants.BETAS]) for a in (0.5, 1, 2)]
     for line, dots in zip(right[::2], right[1::2]):  # c = 3 and c = 1: the same forward pass
         assert len(line) == 13 and line[:4] == pytest.approx(dots[:4], rel=1e-3)
@@ -176,15 +220,20 @@ def test_measured_gradients_follow_the_recursion(run, monkeypatch):
     quarter = depth.expected(lambda q, p: depth.dyt(q, p, a=0.25))  # "change and try"
     assert [quarter[-1], curves[0][-1]] == pytest.approx([17, 45], rel=0.02)
     monkeypatch.setattr(depth, "DEPTHS", [1, 8, 16])
-    (_, *rows), [left, right] = run(depth, 1)
+    (_, *rows), [left, right] = run(depth, 2)
     assert left == right
-    for row, name, law, curve, recursion, measured in zip(
-        rows, depth.KINDS, laws, curves, left[::2], left[1::2], strict=True
+    for ax, x in zip(plt.gcf().axes, ([1, 8, 16], [1, 8**0.5, 4])):
+        assert all(list(line.get_xdata()) == x for line in ax.lines)
+    for row, name, law, curve, recursion, *seeds in zip(
+        rows, depth.KINDS, laws, curves, left[::3], left[1::3], left[2::3], strict=True
     ):
         assert recursion == pytest.approx([curve[0], curve[3], curve[4]])
-        assert measured == pytest.approx(recursion, rel=0.25)
-        m, r = (f"{depth.slope(J, law):.3f}" for J in (measured, recursion))
-        assert row.startswith(name) and row.split()[-5:] == [m, f"({m}", "..", f"{m})", r]
+        assert all(measured == pytest.approx(recursion, rel=0.25) for measured in seeds)
+        low, high = sorted(depth.slope(J, law) for J in seeds)
+        printed = (
+            f"{(low + high) / 2:.3f} ({low:.3f} .. {high:.3f}) {depth.slope(recursion, law):.3f}"
+        )
+        assert low < high and row.startswith(name) and row.split()[-5:] == printed.split()
 
 
 @pytest.mark.parametrize("skip", [True, False])

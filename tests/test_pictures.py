@@ -1,9 +1,17 @@
 """What pictures show, read off their figures: the right numbers, under the right title, apart."""
 
+import os
+import re
+import subprocess
+import sys
+
 import matplotlib.pyplot as plt
 import pytest
+from conftest import ROOT, SMALL, run_main
 
-from support import pictures
+import train_cls
+import train_ssl
+from support import files, pictures
 
 ROWS = [  # epoch 1 is missing, as in the log of a run that was cut
     dict(epoch=2, loss=2.5, val_loss=2.0, top1=11.0, knn=None),
@@ -50,6 +58,28 @@ def test_a_log_is_drawn_against_its_epochs_each_key_under_its_title(caught):
     assert figure.get_suptitle() == "cls-nano-residual-soap-seed0"
 
 
+TRAINERS = {  # title of a panel -> the keys of the log that it shows
+    train_cls: {"loss": ["loss", "val_loss"], "val top-1, %": ["top1"]},
+    train_ssl: {"training loss": ["loss"], "k-NN top-1, %": ["knn"]},
+}
+
+
+@pytest.mark.parametrize("trainer", TRAINERS, ids=lambda module: module.__name__)
+def test_a_trainers_panels_show_what_their_titles_say(
+    trainer, caught, image_root, tmp_path, monkeypatch
+):
+    words = [*SMALL, "--data", image_root, "--out", "run"]
+    words += ["--prototypes", 32, "--knn-every", 1] if trainer is train_ssl else []
+    run_main(trainer.main, words, tmp_path, monkeypatch)
+    log = files.read_log(tmp_path / "run/log.jsonl")
+    panels = {ax.get_title(): ax.get_lines() for ax in caught[-1].axes}
+    assert list(panels) == list(TRAINERS[trainer])
+    for title, keys in TRAINERS[trainer].items():
+        for line, key in zip(panels[title], keys, strict=True):
+            shown = [(row["epoch"], row[key]) for row in log if row.get(key) is not None]
+            assert points(line) == shown and len(shown) > 1
+
+
 def test_one_loss_keeps_its_title_and_a_log_without_numbers_is_drawn_too(caught):
     pictures.draw_curves("path", "r", ROWS[:1], dict(loss="training loss", knn="k-NN, %"))
     assert [ax.get_title() for ax in caught[0].axes] == ["training loss", "k-NN, %"]
@@ -92,3 +122,19 @@ def test_labels_stand_at_the_ends_of_lines_and_do_not_overlap():
     heights = {text.get_text(): text.xy for text in ax.texts}
     assert heights == dict(low=(2, 0.1), middle=(2, 0.2), close=(2, pytest.approx(0.3)))
     plt.close(figure)
+
+
+def test_a_notebooks_backend_stops_no_script():
+    """Importing matplotlib fails where MPLBACKEND names a backend that is not installed, so only
+    support/pictures.py, which sets it first, imports matplotlib."""
+    notebook = os.environ | dict(MPLBACKEND="module://not_installed.backend_inline")
+    command = [sys.executable, "-c", "import support.pictures as p; p.plt.subplots()"]
+    subprocess.run(command, cwd=ROOT, env=notebook, check=True)
+    scripts = [
+        x
+        for part in (".", "beyond", "support", "lessons", "experiments")
+        for x in (ROOT / part).glob("*.py")
+        if x.name != "pictures.py"
+    ]
+    for script in scripts:
+        assert not re.search(r"^\s*(import|from) matplotlib", script.read_text(), re.M), script

@@ -275,6 +275,69 @@ def test_the_tables_figures(tmp_path, monkeypatch, capsys):
     assert all((tmp_path / x).stat().st_size > 10_000 for x in ("curves.png", "rates.png"))
 
 
+SETTINGS = dict(script="train_cls.py", tune_epochs=1, epochs=2, flags=[])
+WORD = b'{"epoch": 1, "top1": "5"}\n{"epoch": 2, "top1": 5.0}'
+HALF = b'{"epoch": 1, "top1": 5.0}\n{"epo'
+DAMAGES = {
+    "tune/residual-2-soap-lr0.001-seed0/log.jsonl": [HALF, b"\xe9\x00\xff", b"7", b'{"epoch": 1}'],
+    "full/residual-2-soap-lr0.001-seed0/log.jsonl": [HALF, WORD, b"[]"],
+    "full/residual-2-soap-lr0.001-seed0/last/segment.json": [b"", b"[]", b'{"results": [1]}'],
+    "sweep.json": [b"", b"\xe9\x00\xff", b"7", b'{"script": "train_cls.py"}', b'{"script": "x"}'],
+}
+
+
+@pytest.mark.parametrize("name, content", [(x, content) for x in DAMAGES for content in DAMAGES[x]])
+def test_a_damaged_file_is_named_in_one_line(tmp_path, monkeypatch, capsys, name, content):
+    write_log(tmp_path / "tune/residual-2-soap-lr0.001-seed0", 20)
+    write_log(tmp_path / "full/residual-2-soap-lr0.001-seed0", 10, 30)
+    (tmp_path / "full/residual-2-soap-lr0.001-seed0/last").mkdir()
+    (tmp_path / "sweep.json").write_text(json.dumps(SETTINGS))
+    (tmp_path / name).write_bytes(content)
+    done = run_here(sweep.main, ["--table", "."], tmp_path, monkeypatch, capsys)
+    assert_fails_in_one_line(done, f"^error: {name} is damaged .*run the sweep again")
+
+
+def test_a_sweep_goes_on_only_where_its_settings_can_be_read(stubbed):
+    stubbed.run()
+    (stubbed.work / "sweep.json").write_text("{")
+    assert_fails_in_one_line(stubbed.run("--seeds 5", ends=True), "sweep.json is damaged")
+    (stubbed.work / "sweep.json").unlink()
+    stubbed.run("--seeds 5")
+    assert len(stubbed.calls) == 4 + 2 + 1
+
+
+def test_the_table_names_the_runs_that_it_leaves_out(stubbed, monkeypatch, capsys):
+    stubbed.run()
+    for name in ("tune/residual-2-soap-lr0.001-seed0", "full/residual-2-soap-lr0.01-seed1"):
+        (stubbed.work / name / "log.jsonl").write_text("")  # as a run leaves it that has begun
+    capsys.readouterr()
+    run_main(sweep.main, ["--table", stubbed.work], stubbed.work, monkeypatch)
+    left_out = capsys.readouterr().out.split("\n\n")[0].split("\n  ")
+    assert left_out[1:] == [
+        f"{x}-seed{i}"
+        for i, x in enumerate(("tune/residual-2-soap-lr0.001", "full/residual-2-soap-lr0.01"))
+    ]
+    assert table(stubbed.work)[0][7] == "1"
+
+
+def test_a_class_of_one_image_is_refused_before_anything_is_trained(stubbed, tmp_path, image_root):
+    """It would be held back, and the trainer would then miss the class. The folder of the runs can
+    still be used after a refusal."""
+    data = shutil.copytree(image_root, tmp_path / "data")
+    first, second, *others = sorted((data / "train/class2").iterdir())
+    for path in (second, *others):
+        path.unlink()
+    done = stubbed.run(data=data, ends=True)
+    assert_fails_in_one_line(done, "train/class2 holds a single image: .*add another, or drop")
+    done = stubbed.run("--classes 7", data=data, ends=True)
+    assert_fails_in_one_line(done, "--classes 7: .* has only 5")
+    assert stubbed.calls == []
+    shutil.copy(first, second)
+    stubbed.run("--classes 5", data=data)
+    held_back, trained = (stubbed.work / f"images/tune/{part}/class2" for part in ("val", "train"))
+    assert [x.name for x in (*held_back.iterdir(), *trained.iterdir())] == [first.name, second.name]
+
+
 def test_dino_is_compared_by_knn_and_probed(stubbed, tmp_path, capsys):
     masks, words = tmp_path / "camvid/train/masks", "--script train_ssl.py --seeds 0 1 2"
     (masks.parent / "images").mkdir(parents=True)
@@ -291,6 +354,35 @@ def test_dino_is_compared_by_knn_and_probed(stubbed, tmp_path, capsys):
         assert probe == ["eval_dense.py", "segment", f"{run}/last.pt", *flags.split()]
     out, end = capsys.readouterr().out, "| 1.00 | 10.5 | 10.0 .. 11.0 | 5.5 | 2.0 |"
     assert len(probes) == 2 and "knn 50.0" in out and "| steps | mIoU |" in out and end in out
+
+
+@pytest.mark.parametrize("script, metric", sweep.METRICS.items())
+def test_table_and_pictures_are_of_the_trainers_own_metric(tmp_path, monkeypatch, script, metric):
+    """Beside which the logs hold other figures: losses, top-5, and here the other trainer's."""
+    others = dict(top1=91.0, knn=92.0, top5=93.0, loss=94.0, val_loss=95.0)
+    logs = {"tune/residual-2-soap-lr0.001": [7.0], "tune/residual-2-soap-lr0.003": [5.0]}
+    logs |= {"full/residual-2-soap-lr0.001": [11.0, 23.0]}
+    for name, curve in logs.items():
+        (tmp_path / f"{name}-seed0").mkdir(parents=True)
+        rows = [others | {"epoch": i, metric: y} for i, y in enumerate(curve, start=1)]
+        sweep.files.write_log(tmp_path / f"{name}-seed0/log.jsonl", rows)
+    (tmp_path / "sweep.json").write_text(json.dumps(SETTINGS | dict(script=script)))
+    drawn = {}
+    monkeypatch.setattr(
+        sweep, "draw", lambda path, *x, **axis: drawn.update({path.stem: (*x, axis)})
+    )
+    run_main(sweep.main, ["--table", "."], tmp_path, monkeypatch)
+    assert table(tmp_path)[0][3:7] == ["7.0", "0.001", "23.0", "23.0 .. 23.0"]
+    (rates, held_back, axis), (curves, val, _) = drawn["rates"], drawn["curves"]
+    cell = "soap", 2, "residual"
+    assert rates[cell][:2].tolist() == [[1e-3, 3e-3], [7, 5]]
+    assert curves[cell][:2].tolist() == [[1, 2], [11, 23]]
+    title = dict(top1="top-1, %", knn="k-NN accuracy, %")[metric]
+    assert (held_back, val, axis) == (
+        f"held-back {title}",
+        f"val {title}",
+        dict(against="learning rate"),
+    )
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -377,6 +469,7 @@ REFUSED = {
     "--classes 9": "--classes 9: --data .* has only 5",
     "--arms resnet": "--arms: resnet is no arm",
     "-- --lr 1": "--lr behind -- is for the sweep to set",
+    "-- --init-from a.pt": "--init-from behind -- is for the sweep to set",
     "-- --init=paper": "--init behind -- is for the sweep to set",
 }
 
