@@ -491,7 +491,7 @@ def load_images(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     if args.data is None:
         images, labels, _ = draw_shapes(list(range(args.images)), args.image_size, "val")
     else:
-        folder = image_folder(args.data, "val")
+        folder = image_folder(args.data, "val", need_labels=True)
         _, transform = augmentations(args.image_size, drawn=False)
         pairs = [folder[i * len(folder) // args.images] for i in range(args.images)]
         images = torch.stack([transform(image) for image, _ in pairs])

@@ -7,27 +7,33 @@ equal an uninterrupted one, and neither does it matter how many loader workers t
 """
 
 import atexit
+import filecmp
 import functools
 import hashlib
 import math
 import multiprocessing
 import os
+import re
 import signal
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
 
 from support.errors import UserError
-from support.processes import progress
+from support.processes import progress, say
 
 CORES = min(8, os.cpu_count() or 1)
 
@@ -41,8 +47,16 @@ def mixed_seeds(count: int, *numbers: int) -> list[int]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Image folders: ROOT/train/<class>/*, ROOT/val/<class>/*
+# Image files
 # --------------------------------------------------------------------------------------------------
+
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set here
+GREY = [round(255 * m) for m in MEAN]  # zero once normalised
+
+# What turns an image upright whose EXIF orientation is 2, 3, ... 8
+TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+TURNS = {number: Image.Transpose[turn] for number, turn in enumerate(TURNS.split(), start=2)}
 
 
 @contextmanager
@@ -57,68 +71,179 @@ def decoding(path: str | Path, what: str = "image") -> Iterator[None]:
         raise UserError(f"cannot read {what} {path} ({error}); {advice}") from error
 
 
+def turned(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says, whatever may be wrong with its other tags."""
+    image.load()
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # metadata that Pillow cannot parse
+        orientation = None
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+
+
 def open_rgb(path: str) -> Image.Image:
     """Read an image file as RGB, turned as its EXIF tag says.
 
     Greyscale and palette images are converted; 16 bits per pixel are scaled to 8, because Pillow
-    would clip them.
+    would clip them. Transparent images are laid on (124, 116, 104), ImageNet's mean grey, on which
+    white drawings show as well as black ones. info["brightest"] of the result: the largest value
+    of a 16-bit file, after scaling; else None.
 
     Raises UserError, naming the file, where it cannot be decoded, or has numbers of unknown range.
     """
     with decoding(path), Image.open(path) as image:
-        if image.mode in ("I", "F"):
+        if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
             raise UserError(f"image {path} has 32 bits per pixel; save it with 8 or 16")
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        return image.convert("RGB")
-
-
-CHECKED_ALL = 20_000  # images; of a larger set only a sample is checked, to keep the start short
+        sixteen_bits = re.search(r";16|65535\)", str(image.tile))  # what the decoder is told
+        image = turned(image)
+        if image.mode.startswith("I"):
+            values, clear = np.asarray(image), image.info.get("transparency")
+            image = Image.fromarray((values // 257).astype(np.uint8))
+            if clear is not None:
+                image.putalpha(Image.fromarray(np.uint8(255) * (values != clear)))
+        rgb = image.convert("RGB")
+        brightest = max(high for _, high in rgb.getextrema()) if sixteen_bits else None
+        if image.has_transparency_data:
+            ground = Image.new("RGBA", image.size, tuple(GREY))
+            rgb = Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
+        rgb.info["brightest"] = brightest
+        return rgb
 
 
 def image_sizes(paths: list[str]) -> list[tuple[int, int]]:
     """(height, width) of images. Raises UserError at the first unreadable one."""
     pool = ThreadPoolExecutor(CORES)  # no more: each thread may hold a very large image
-    sizes = pool.map(lambda path: open_rgb(path).size[::-1], paths)
+    facts = pool.map(lambda p: ((x := open_rgb(p)).size[::-1], x.info.get("brightest")), paths)
     try:
-        return list(progress(sizes, "checking images", total=len(paths)))
+        sizes, brightest = zip(*progress(facts, "checking images", total=len(paths)))
     finally:
         pool.shutdown(cancel_futures=True)
+    bits = 8 + max((x.bit_length() for x in brightest if x is not None), default=8)
+    if bits <= 12:
+        facts = f"hold only {bits} bits, 0 .. {2**bits - 1} of 65535, and are almost black"
+        say(f"note    the 16-bit images here {facts}; multiply them by {2 ** (16 - bits)}")
+    return list(sizes)
 
 
-def check_images(paths: list[str]) -> None:
-    """Raises UserError at the first unreadable image, before training has begun.
+CHECKED_ALL = 20_000  # images; of a larger set only a sample is checked, to keep the start short
 
-    Checks a sample of more than `CHECKED_ALL`; a damaged image outside it stops the run when the
-    run comes to it.
+
+def sample(paths: list[str]) -> list[str]:
+    return paths[:: len(paths) // 2000] if len(paths) > CHECKED_ALL else paths
+
+
+# --------------------------------------------------------------------------------------------------
+# Image folders: ROOT/train/<class>/*, ROOT/val/<class>/*; without labels also ROOT/train/*, ROOT/*
+# --------------------------------------------------------------------------------------------------
+
+
+# Besides names that begin with a dot, in lower case: what systems and file servers leave behind.
+HIDDEN = {"__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "lost+found", "@eadir"}
+OTHER_NAMES = dict(train=["train", "training"], val=["val", "validation", "valid", "test"])
+
+
+def stop(error: OSError) -> NoReturn:
+    raise error
+
+
+def visible_walk(folder: str | Path, left_out: Counter) -> Iterator[tuple[str, list, list]]:
+    """(folder, its folders, its images) for folder and all below; left_out counts other things."""
+    for parent, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+        names = {x for x in folders + files if x[0] != "." and x.lower() not in HIDDEN}
+        left_out["hidden files or folders"] += len(folders) + len(files) - len(names)
+        folders[:] = sorted(names.intersection(folders))  # the walk goes on into these alone
+        images = []
+        for name in sorted(names.intersection(files)):
+            extension = os.path.splitext(name)[1].lower()
+            if extension in IMG_EXTENSIONS:
+                images.append(name)
+            else:
+                left_out[extension or "without extension"] += 1
+        yield parent, folders, images
+
+
+def say_left_out(folder: str | Path, left_out: Counter) -> None:
+    kinds = [f"{number} {kind}" for kind, number in left_out.most_common() if number]
+    if kinds:
+        say(f"note    {folder}: left out {', '.join(kinds[:6])}{', ...' if kinds[6:] else ''}")
+
+
+def renaming(root: str | Path, split: str, otherwise: str) -> str:
+    """Advice where ROOT/split is missing: rename the folder that seems to be it, or `otherwise`."""
+    folders = {name.lower(): name for name in os.listdir(root)}
+    found = [folders[name] for name in OTHER_NAMES[split] if name in folders]
+    return f"rename {found[0]} to {split}" if found else otherwise
+
+
+class VisibleImages(ImageFolder):
+    """torchvision's ImageFolder, without hidden files and folders; it says what it leaves out.
+
+    The class "" is of the images in the folder itself. Raises UserError where a class has no image.
     """
-    image_sizes(paths[:: len(paths) // 2000] if len(paths) > CHECKED_ALL else paths)
+
+    def __init__(self, folder: Path, class_folders: list[str]):
+        self.class_folders = class_folders
+        super().__init__(str(folder), loader=open_rgb)
+
+    def find_classes(self, folder: str) -> tuple[list[str], dict[str, int]]:
+        return self.class_folders, {name: i for i, name in enumerate(self.class_folders)}
+
+    def make_dataset(self, folder: str, class_to_idx: dict[str, int], **_) -> list[tuple[str, int]]:
+        found, below, left_out = [], {name: set() for name in class_to_idx}, Counter()
+        for parent, _, images in visible_walk(folder, left_out):
+            name, _, subfolder = parent[len(folder) + 1 :].partition(os.sep)
+            if name not in class_to_idx:
+                left_out["images in subfolders" if name else "images in no class"] += len(images)
+            elif images:
+                below[name].add(subfolder)
+                found += [(name, parent, image) for image in images]
+        say_left_out(folder, left_out)
+        for name in class_to_idx:
+            if not below[name]:
+                advice = f"add some ({' '.join(IMG_EXTENSIONS)}) or remove the folder"
+                raise UserError(f"no images in {Path(folder, name)}; {advice}")
+        shared = set.intersection(*below.values())
+        if len(below) > 1 and len(shared) > 1 and "" not in shared:
+            hint = f"every class has the folders {', '.join(sorted(shared)[:3])}"
+            say(f"note    {folder}: {hint}; one folder level too many?")
+        return [(os.path.join(parent, x), class_to_idx[name]) for name, parent, x in sorted(found)]
 
 
-def image_folder(root: str, split: str) -> ImageFolder:
-    """`ROOT/split/<class>/*` as torchvision's ImageFolder. Raises UserError where it is not so."""
-    folder = Path(root) / split
-    layout = f"expected ROOT/{split}/<class>/<image files>"
+def image_folder(root: str, split: str, need_labels: bool = False) -> ImageFolder:
+    """`ROOT/split/<class>/*` in the order of torchvision's ImageFolder.
+
+    need_labels: False accepts a single class too, `ROOT/split/*`, and for training `ROOT/*`. Raises
+    UserError where there are no such images.
+    """
+    folder, layout = Path(root) / split, f"expected ROOT/{split}/<class>/<image files>"
     if not Path(root).is_dir():
         raise UserError(f"--data {root}: no such folder")
     if not folder.is_dir():
-        raise UserError(f"--data {root}: no folder {folder}; {layout}")
-    try:
-        return ImageFolder(str(folder), loader=open_rgb)
-    except FileNotFoundError as error:  # no class folder, or one without images
-        problem = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"--data {root}: {problem}; {layout}") from error
+        _, _, images = next(visible_walk(root, Counter()))
+        if need_labels or split != "train" or not images:
+            raise UserError(f"--data {root}: no folder {folder}; {renaming(root, split, layout)}")
+        return VisibleImages(Path(root), [""])
+    _, classes, images = next(visible_walk(folder, Counter()))
+    if not classes and (need_labels or not images):
+        raise UserError(f"--data {root}: Couldn't find any class folder in {folder}; {layout}")
+    if need_labels and len(classes) == 1:
+        problem = f"the only class in {folder} is {classes[0]}; one folder level too many?"
+        raise UserError(f"--data {root}: {problem} {layout} of two classes or more")
+    return VisibleImages(folder, classes or [""])
 
 
 def image_folders(root: str, check: bool, need_val: bool = True):
     """(train, val) under ROOT, with the same classes and readable images.
 
-    need_val: False returns None where there is no val/. check: False leaves the images unread,
-    because one of several processes is enough to check them. Raises UserError.
+    Raises UserError at the first unreadable image, before training has begun; of more than
+    `CHECKED_ALL` only a sample is checked, and a damaged one outside it stops the run when the run
+    comes to it.
+
+    need_val: False is for training without labels; val is None where there is none, or one class.
+    check: False leaves the images unread, because one of several processes is enough to check them.
     """
-    train, val = image_folder(root, "train"), None
-    if need_val or (Path(root) / "val").is_dir():
+    train, val = image_folder(root, "train", need_labels=need_val), None
+    if need_val or (len(train.classes) > 1 and (Path(root) / "val").is_dir()):
         val = image_folder(root, "val")
         if train.classes != val.classes:
             only_train = sorted(set(train.classes) - set(val.classes))
@@ -128,7 +253,13 @@ def image_folders(root: str, check: bool, need_val: bool = True):
                 f"{only_train[:3]}, only in val: {only_val[:3]}"
             )
     if check:
-        check_images([path for path, _ in train.samples + (val.samples if val else [])])
+        image_sizes(sample([path for path, _ in train.samples + (val.samples if val else [])]))
+    if check and val:
+        names = sample([path[len(val.root) :] for path, _ in val.samples])
+        twins = [(val.root + x, train.root + x) for x in names if os.path.isfile(train.root + x)]
+        if seen := sum(filecmp.cmp(*files, shallow=False) for files in twins):
+            facts = f"{seen} of {len(names)} images in val/ are in train/ too"
+            say(f"note    {facts}: that measures what the network remembers")
     return train, val
 
 
@@ -146,9 +277,6 @@ def listing(dataset: Dataset) -> str:
 # --------------------------------------------------------------------------------------------------
 # Augmentation
 # --------------------------------------------------------------------------------------------------
-
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set here
 
 
 @functools.cache  # once per device: making a tensor on a GPU in every step would wait for the GPU
@@ -169,14 +297,13 @@ def augmentations(size: int, drawn: bool) -> tuple[v2.Transform, v2.Transform]:
     """(training, validation) transforms to uint8 tensors of size x size."""
     if drawn:  # a turned-over disc is a disc; the drawings are of the right size already
         return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()]), v2.Identity()
-    grey = [round(255 * m) for m in MEAN]  # zero once normalised
     train = v2.Compose(
         [
             v2.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC),
             v2.RandomHorizontalFlip(),
-            v2.RandAugment(num_ops=2, magnitude=9, fill=grey),
+            v2.RandAugment(num_ops=2, magnitude=9, fill=GREY),
             v2.PILToTensor(),
-            v2.RandomErasing(p=0.25, value=grey),
+            v2.RandomErasing(p=0.25, value=GREY),
         ]
     )
     # ImageNet practice cuts the middle 7/8 out; of images hardly larger than `size` keep all.
@@ -286,5 +413,7 @@ def make_loader(
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0 and batches.shuffle,  # those for validation would idle
         worker_init_fn=start_worker,
+        # Any other way to start them gives a worker time to die of a signal before start_worker.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         timeout=LOADER_PATIENCE if workers else 0,
     )

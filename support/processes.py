@@ -3,7 +3,7 @@
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
@@ -216,21 +216,10 @@ def check_batch_size(batch_size: int, parts: int, images: int, data_name: str) -
         )
 
 
-def computed_twice(forward: Callable, grid: dict, x: Tensor) -> Tensor:
-    """forward(x); the backward pass computes its activations again, for images of the same grid."""
-    at = dict(grid)
-
-    def compute(x: Tensor) -> Tensor:
-        grid.update(at)
-        return forward(x)
-
-    return checkpoint(compute, x, use_reentrant=False)
-
-
 def checkpoint_activations_(model: nn.Module) -> None:
     """From now on keep only each block's input for the backward pass.
 
     model: a `minskip.ViT`. Much less memory, a third more time.
     """
     for block in model.blocks:
-        block.forward = functools.partial(computed_twice, block.forward, model.grid)
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

@@ -1,7 +1,7 @@
 """Images with masks or boxes: synthetic, or from a folder as `eval_dense.py` describes it."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -10,11 +10,18 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from support.data import decoding, image_sizes, open_rgb
+from support.data import (
+    decoding,
+    image_sizes,
+    open_rgb,
+    renaming,
+    say_left_out,
+    turned,
+    visible_walk,
+)
 from support.errors import UserError
 from support.processes import progress
 from support.shapes import draw_shapes
@@ -44,11 +51,14 @@ def image_files(paths: list[Path]) -> Scenes:
 
 
 def read_mask(path: Path, size: Size) -> Tensor:
-    """Class ids, (height, width); those of a palette image are its indices."""
+    """Class ids, (height, width); those of a palette image are its indices.
+
+    Turned as the mask's own EXIF tag says, whatever its image's says.
+    """
     if not path.is_file():
         raise UserError(f"mask {path} is missing; add it or remove its image")
     with decoding(path, "mask"), Image.open(path) as image:
-        mode, ids = image.mode, np.array(image)
+        mode, ids = image.mode, np.array(turned(image))
     if ids.ndim != 2 or mode == "F" or ids.min() < 0:
         raise UserError(f"mask {path} is {mode}; save class ids as one channel of integers >= 0")
     if ids.shape != size:
@@ -56,17 +66,30 @@ def read_mask(path: Path, size: Size) -> Tensor:
     return torch.from_numpy(ids.astype(np.int32 if ids.max() > 255 else np.uint8))
 
 
+def visible_files(folder: Path) -> list[Path]:
+    """The image files in the folder, sorted. Says what else it holds."""
+    left_out = Counter()
+    _, _, names = next(visible_walk(folder, left_out)) if folder.is_dir() else (folder, [], [])
+    say_left_out(folder, left_out)
+    return [folder / name for name in names]
+
+
 def folder_scenes(root: Path, split: str, with_masks: bool) -> Scenes:
     """ROOT/split/images and, if asked for, ROOT/split/masks. All files are checked now."""
     images, masks = root / split / "images", root / split / "masks"
-    paths = sorted(f for f in images.glob("*") if f.suffix.lower() in IMG_EXTENSIONS)
+    paths = visible_files(images)
     if not paths:
-        raise UserError(f"--data {root}: no images in {images}; expected ROOT/{split}/images/*")
+        advice = f"expected ROOT/{split}/images/*"
+        if root.is_dir() and not (root / split).is_dir():
+            advice = renaming(root, split, advice)
+        raise UserError(f"--data {root}: no images in {images}; {advice}")
     scenes = image_files(paths)
     if not with_masks:
         return scenes
-    pairs = progress(list(zip(paths, scenes.sizes)), f"checking {split} masks")
-    return scenes._replace(masks=[read_mask(masks / f"{p.stem}.png", size) for p, size in pairs])
+    found = {f.stem: f for f in visible_files(masks) if f.suffix.lower() == ".png"}
+    named = [found.get(path.stem, masks / f"{path.stem}.png") for path in paths]
+    pairs = progress(list(zip(named, scenes.sizes)), f"checking {split} masks")
+    return scenes._replace(masks=[read_mask(mask, size) for mask, size in pairs])
 
 
 def count_classes(train: Scenes, reported: Scenes, ignore: int) -> int:
@@ -94,7 +117,7 @@ def boxes_around(masks: Tensor) -> Tensor:
 def read_boxes(path: Path) -> dict[str, list[list[float]]]:
     """boxes.tsv as image path -> boxes (x0, y0, x1, y1). The first line may name the columns."""
     boxes = defaultdict(list)
-    for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), start=1):
+    for number, line in enumerate(path.read_text("utf-8-sig", "replace").splitlines(), start=1):
         file, *fields = line.split("\t")
         if not line.strip() or (number == 1 and file == "file"):
             continue

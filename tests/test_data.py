@@ -1,15 +1,18 @@
 """Seeded loading, augmentation and image files."""
 
+import multiprocessing
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from conftest import script_environment
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, v2
 
 from support import data as data_module
@@ -52,6 +55,82 @@ def test_greyscale_and_palette_images_become_rgb(tmp_path):
         assert open_rgb(str(tmp_path / "image.png")).mode == "RGB"
 
 
+def write_png(path, pixels: np.ndarray) -> None:
+    """A PNG of 16 bits per channel, from (row, column, channel); Pillow writes only greyscale."""
+    rows, columns, channels = pixels.shape
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]  # grey, grey and alpha, RGB, RGBA
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)  # 0: no filter
+    parts = dict(IHDR=struct.pack(">IIBBBBB", columns, rows, 16, kind, 0, 0, 0))
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, part in (parts | dict(IDAT=zlib.compress(lines), IEND=b"")).items():
+        part = name.encode() + part
+        content += struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part))
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "P + alpha", "L", "RGB", "I;16", "LA;16"])
+def test_transparent_pixels_are_grey_whatever_lies_under_them(kind, tmp_path):
+    """An opaque pixel of 51 beside a transparent one. As alpha alone draws many an icon, 51 and 51
+    would be alike."""
+    path, grey, more = tmp_path / "image.png", np.array([[51, 204]], np.uint8), {}
+    alpha = np.array([[255, 0]], np.uint8)
+    if kind == "LA;16":
+        write_png(path, np.stack([grey * 0 + 51, alpha], -1).astype(int) * 257)
+    else:
+        if kind == "I;16":
+            image, more = (
+                Image.fromarray(grey.astype(np.uint16) * 257),
+                dict(transparency=204 * 257),
+            )
+        elif kind in ("RGBA", "LA"):
+            image = Image.fromarray(grey * 0 + 51).convert(kind)
+            image.putalpha(Image.fromarray(alpha))
+        elif kind[0] == "P":
+            image = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+            image.putpalette([51, 51, 51] * 2)
+            more = dict(transparency=b"\xff\0" if kind == "P + alpha" else 1)
+        else:
+            image = Image.fromarray(grey).convert(kind)
+            more = dict(transparency=204 if kind == "L" else (204, 204, 204))
+        image.save(path, **more)
+    assert np.asarray(open_rgb(str(path))).tolist() == [[[51, 51, 51], [124, 116, 104]]]
+    assert normalise(torch.tensor([124, 116, 104]).view(1, 3, 1, 1)).abs().max() < 0.02
+
+
+def test_what_is_half_transparent_is_mixed_and_what_is_opaque_kept(tmp_path):
+    path = tmp_path / "image.png"
+    Image.fromarray(np.array([[[7, 201, 90, 255], [4, 16, 204, 51]]], np.uint8)).save(path)
+    assert np.asarray(open_rgb(str(path))).tolist() == [[[7, 201, 90], [100, 96, 124]]]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("largest", [65535, 1000])
+def test_a_16_bit_pgm_is_scaled_by_the_largest_value_that_it_names(largest, plain, tmp_path):
+    path, values = tmp_path / "image.pgm", np.array([0, largest // 5, largest])
+    content = " ".join(map(str, values)).encode() if plain else values.astype(">u2").tobytes()
+    path.write_bytes(b"P%d\n3 1\n%d\n%s\n" % (2 if plain else 5, largest, content))
+    assert np.asarray(open_rgb(str(path)))[0, :, 1].tolist() == [0, 51, 255]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("bits", [8, 10, 12, 13, 16])
+def test_files_of_16_bits_that_hold_fewer_are_pointed_out(bits, channels, tmp_path, capsys):
+    """Read as they are, they are black. One image that is not is enough to be silent."""
+    rng, largest, paths = np.random.default_rng(0), 2**bits - 1, []
+    for number in range(3):
+        paths.append(str(tmp_path / f"{number}.png"))
+        pixels = rng.integers(0, largest // (3 - number), (4, 5, channels), endpoint=True)
+        pixels[3, 4] = largest // (3 - number)
+        write_png(tmp_path / f"{number}.png", pixels)
+    Image.new("L", (4, 4), 255).save(tmp_path / "8 bits.png")
+    assert data_module.image_sizes([*paths, str(tmp_path / "8 bits.png")])[1] == (4, 5)
+    out = capsys.readouterr().out
+    assert (f" {bits} bits, 0 .. {largest} of 65535, and are" in out) if bits <= 12 else not out
+    write_png(tmp_path / "bright.png", np.full((1, 1, 3), 4096))
+    data_module.image_sizes([str(tmp_path / "bright.png"), *paths])
+    assert not capsys.readouterr().out
+
+
 def test_sixteen_bits_a_pixel_are_scaled_and_thirty_two_refused(tmp_path):
     """Pillow clips them: all but the darkest 1/256 of the range would be white."""
     path = str(tmp_path / "image.png")
@@ -77,6 +156,53 @@ def test_an_image_is_turned_as_its_tag_says(tmp_path):
     sixteen = np.asarray(image.convert("L")).astype(np.uint16) * 257
     Image.fromarray(sixteen).save(tmp_path / "image.png", exif=tag)
     assert np.array_equal(np.asarray(open_rgb(str(tmp_path / "image.png"))), turned)
+
+
+def tags(*entries: bytes) -> bytes:
+    """EXIF metadata of 12-byte entries; 8 zero bytes follow them, at 14 + 12 x their number."""
+    count = struct.pack(">H", len(entries))
+    return b"Exif\0\0MM\0*\0\0\0\x08" + count + b"".join(entries) + bytes(4) + bytes(8)
+
+
+TURN_6 = bytes.fromhex("0112 0003 0000 0001 0006 0000")
+ODD_METADATA = dict(
+    negative_resolution=tags(TURN_6, bytes.fromhex("011a 0008 0000 0001 ffff 0000")),
+    resolution_0_by_0=tags(TURN_6, bytes.fromhex("011a 0005 0000 0001 0000 0026")),
+    no_such_type=tags(TURN_6, bytes.fromhex("011a 00ff 0000 0001 0000 0000")),
+    beyond_the_end=tags(TURN_6, bytes.fromhex("010f 0002 0000 00ff 0000 ffff")),
+    exif_folder_beyond_the_end=tags(TURN_6, bytes.fromhex("8769 0004 0000 0001 00ff ffff")),
+    gps_of_another_type=tags(TURN_6, bytes.fromhex("8825 0002 0000 0001 6162 0000")),
+)
+UPRIGHT = dict(
+    orientation_9=tags(TURN_6[:9] + b"\x09" + TURN_6[10:]),
+    orientation_in_words=tags(bytes.fromhex("0112 0002 0000 0004 746f7000")),
+    no_metadata=b"Exif\0\0this is no list of tags",
+    cut_short=tags(TURN_6)[:17],
+)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, about what it skips
+@pytest.mark.parametrize("name", ODD_METADATA | UPRIGHT)
+@pytest.mark.parametrize("kind", ["jpg", "webp"])
+def test_odd_metadata_does_not_matter(name, kind, tmp_path):
+    image = Image.new("RGB", (16, 8))
+    image.paste((255, 255, 255), (0, 0, 16, 4))  # white above, which belongs on the right
+    path = str(tmp_path / f"image.{kind}")
+    image.save(path, exif=(ODD_METADATA | UPRIGHT)[name])
+    read = np.asarray(open_rgb(path))
+    white = read[:, 4:] if name in ODD_METADATA else read[:4]
+    assert read.shape == ((16, 8, 3) if name in ODD_METADATA else (8, 16, 3))
+    assert white.min() > 200 and read.mean() == pytest.approx(127.5, abs=9)
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_each_orientation_is_turned_as_pillow_turns_it(number, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 5, 3)).astype(np.uint8)
+    path, tag = tmp_path / "image.png", Image.Exif()
+    tag[0x0112] = number
+    Image.fromarray(pixels).save(path, exif=tag)
+    turned = ImageOps.exif_transpose(Image.open(path))
+    assert np.array_equal(np.asarray(open_rgb(str(path))), np.asarray(turned))
 
 
 def test_links_to_other_folders_are_followed(image_root, tmp_path):
@@ -135,6 +261,18 @@ class Wrong(Shapes):
 class Damaged(Shapes):
     def __getitems__(self, indices):
         raise UserError("image x.png is damaged")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems start processes in other ways")
+def test_workers_are_forked_whatever_the_default(monkeypatch):
+    """forkserver, Python 3.14's, starts them with signals not yet ignored."""
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", None)
+    multiprocessing.set_start_method("forkserver")
+    batches = Batches(8, 4, seed=0, shuffle=True)
+    shapes, cpu = Shapes("train", 8, 16), torch.device("cpu")
+    loader = make_loader(shapes, v2.Identity(), batches, 1, cpu)
+    assert loader.multiprocessing_context.get_start_method() == "fork"
+    assert make_loader(shapes, v2.Identity(), batches, 0, cpu).multiprocessing_context is None
 
 
 def test_an_error_in_a_worker_is_one_line_without_its_traceback(capsys):
@@ -226,8 +364,8 @@ def test_of_a_large_set_a_sample_is_looked_at_and_as_many_at_once_as_there_are_c
     monkeypatch.setattr(data_module, "open_rgb", opened)
     monkeypatch.setattr(data_module, "CORES", 3)
     monkeypatch.setattr(data_module, "CHECKED_ALL", 2500)
-    data_module.check_images([str(i) for i in range(2500)])
+    data_module.image_sizes(data_module.sample([str(i) for i in range(2500)]))
     assert len(seen) == 2500 and 1 < max(most) <= 3
     seen.clear()
-    data_module.check_images([str(i) for i in range(50_000)])
+    data_module.image_sizes(data_module.sample([str(i) for i in range(50_000)]))
     assert sorted(map(int, seen)) == list(range(0, 50_000, 25))

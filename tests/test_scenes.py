@@ -1,5 +1,7 @@
 """Images with masks or boxes: what is read off the files, and what is refused in one line."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,41 @@ def test_an_image_that_its_exif_tag_turns_has_the_size_it_is_seen_in(root):
     assert found.sizes[1] == found.image(1).shape[1:] == found.masks[1].shape == (6, 4)
 
 
+@pytest.mark.parametrize("number", [3, 6, 8])
+def test_a_mask_is_turned_by_its_own_tag_whatever_its_images_says(number, root):
+    """An annotation tool may copy the tag, turn the pixels, or do neither."""
+    image, mask, tag = root / "train/images/1.png", root / "train/masks/1.png", Image.Exif()
+    pixels = {path: Image.open(path).copy() for path in (image, mask)}
+    tag[0x0112] = number
+    upright = np.asarray(pixels[mask].rotate({3: 180, 6: -90, 8: 90}[number], expand=True))
+    for path in (image, mask):
+        pixels[path].save(path, exif=tag)
+    found = scenes.folder_scenes(root, "train", True)
+    assert np.array_equal(found.masks[1], upright) and found.sizes[1] == upright.shape
+    pixels[image].save(image)  # now only the mask has a tag
+    with pytest.raises(UserError, match="make them equal") if number != 3 else nullcontext():
+        found = scenes.folder_scenes(root, "train", True)
+    assert np.array_equal(found.masks[1], upright)
+
+
+def test_masks_with_extensions_in_capitals_and_hidden_files_in_between(root, capsys):
+    ids = scenes.folder_scenes(root, "train", True).masks
+    assert capsys.readouterr().out == f"note    {root}/train/images: left out 1 .txt\n"
+    for number, end in enumerate((".PNG", ".Png")):
+        (root / f"train/masks/{number}.png").rename(root / f"train/masks/{number}{end}")
+    for kind in ("images", "masks"):
+        (root / f"train/{kind}/._1.png").write_text("no image")
+        (root / f"train/{kind}/__MACOSX").mkdir()
+        (root / f"train/{kind}/Thumbs.db").write_text("no image")
+    found = scenes.folder_scenes(root, "train", True)
+    assert [*map(torch.equal, found.masks, ids)] == [True, True] and len(found.names) == 2
+    for line in capsys.readouterr().out.splitlines():
+        assert "left out 3 hidden files or folders" in line
+    (root / "train/masks/0.PNG").unlink()
+    with pytest.raises(UserError, match=f"mask {root}/train/masks/0.png is missing"):
+        scenes.folder_scenes(root, "train", True)
+
+
 @pytest.mark.parametrize("mode", ["P", "I;16", "1"])
 def test_ids_of_other_kinds_of_masks(mode, tmp_path):
     ids = np.array([[0, 1, 1], [0, 0, 1]]) * (300 if mode == "I;16" else 1)
@@ -87,6 +124,8 @@ def test_bad_folders_are_refused(root):
 
     image, mask = root / "train/images/1.png", root / "train/masks/1.png"
     refused("val", f"no images in {root}/val/images; expected ROOT/val/images/")
+    (root / "Validation").mkdir()
+    refused("val", f"no images in {root}/val/images; rename Validation to val$")
     mask.write_text("this is no image")
     refused("train", f"cannot read mask {mask}")
     mask.unlink()
@@ -130,6 +169,13 @@ def test_true_boxes_of_masks_are_one_a_class_and_end_behind_the_last_pixel():
     assert len(only) == 3
     with pytest.raises(UserError, match="holds id 4096, above 4095"):  # not an object but a mark
         scenes.true_boxes(of_masks(mask, [[0, 4096]]), None, ignore=9)
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("header", [b"", b"file\tx0\ty0\tx1\ty1\r\n"])
+def test_boxes_may_begin_with_a_byte_order_mark(mark, header, root):
+    (root / "boxes.tsv").write_bytes(mark + header + b"train/images/1.png\t0\t1\t4\t3\r\n")
+    assert scenes.read_boxes(root / "boxes.tsv") == {f"{root}/train/images/1.png": [[0, 1, 4, 3]]}
 
 
 def test_true_boxes_of_a_file_are_preferred(root):
