@@ -179,7 +179,11 @@ def load_sets(args: argparse.Namespace):
 
 
 def local_size(image_size: int, patch_size: int) -> int:
-    """Side of the local crops: 3/7 of the global ones' (96 of 224), to whole patches."""
+    """Side of the local crops: 3/7 of the global ones' (96 of 224), to whole patches.
+
+    (`ViT.interpolate_pos_embed` resizes positions to the crop's grid, DINO's code by a factor that
+    is .1 of a patch larger.)
+    """
     return max(1, round(image_size * 3 / 7 / patch_size)) * patch_size
 
 

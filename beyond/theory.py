@@ -135,7 +135,8 @@ def theory_of(model: ViT, embedded: Tensor) -> tuple[list[float], list[float]]:
 
     embedded: (batch, token, dim). Tokens differ in size, and the derivative of LayerNorm averages
     1 / q, so q is the harmonic mean; p / q is the mean cosine of two tokens. (A class token starts
-    near 0, which no mean describes.)
+    near 0, which no mean describes.) Without skips it describes the median network only: of single
+    ones of width 64 it gives .3 to 6 times what is measured, of width 192 .3 to 1.7 times.
     """
     x, n = embedded.double(), embedded.shape[1]
     q = 1 / x.square().mean(-1).reciprocal().mean().item()
