@@ -11,6 +11,7 @@ import pytest
 import torch
 from einops import rearrange
 from PIL import Image
+from torch import nn
 
 from support import data, processes
 from support.errors import errors_in_one_line
@@ -89,6 +90,14 @@ def share_of(name: str, p) -> torch.Tensor:
     elif name.endswith("fc2.weight"):
         share[:, :128] = 0.1
     return share
+
+
+@torch.no_grad()
+def correlation(tokens: torch.Tensor) -> float:
+    """Mean cosine of two different tokens, for (..., token, dim)."""
+    x = nn.functional.normalize(tokens, dim=-1)
+    n = x.shape[-2]
+    return ((x @ x.mT).sum((-2, -1)).mean().item() - n) / (n * (n - 1))
 
 
 def script_environment() -> dict:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import correlation
 from torch import nn
 
 from beyond.identity_init import keepers_and_fetchers, mirrored_pairs, own_token_bias
@@ -178,14 +179,6 @@ def test_uniform_attention_has_rank_d_and_a_skip_lifts_the_lost_directions_to_on
 
 
 # ---- tokens at initialisation --------------------------------------------------------------------
-
-
-@torch.no_grad()
-def correlation(tokens: torch.Tensor) -> float:
-    """Mean cosine of two different tokens, for (..., token, dim)."""
-    x = nn.functional.normalize(tokens, dim=-1)
-    n = x.shape[-2]
-    return ((x @ x.mT).sum((-2, -1)).mean().item() - n) / (n * (n - 1))
 
 
 def test_tokens_become_alike_at_once_by_the_default_init_and_later_by_the_paper_s():

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     SMALL,
-    TWO_PROCESSES,
     assert_fails_in_one_line,
     make_image_folder,
     passes_computed_twice,
@@ -31,7 +30,7 @@ import train_ssl
 from beyond.identity_init import COUNTS_ON, NEEDS, identity_init_
 from minskip import PRESETS, ViT
 from support import data, files, knn
-from support.shapes import Shapes
+from support.shapes import Shapes, draw_shapes
 from train_ssl import MultiCrop, Network, dino_loss, scheduled, teacher_targets
 
 RUN = [*SMALL, "--prototypes", "32"]
@@ -145,12 +144,21 @@ def test_the_augmentation_is_dinos_for_vit_s():
     assert recipe_of(crops.second) == common | dict(scale=(0.25, 1), blur=0.1, solarize=(0.2, 128))
     assert recipe_of(crops.local) == common | dict(scale=(0.05, 0.25), blur=0.5, solarize=(0, 128))
     assert train_ssl.local_size(224, 16) == 96
-    drawn = MultiCrop(32, 16, 4, 0.5, drawn=True)
-    assert recipe_of(drawn.local)["blur"] is None and recipe_of(drawn.local)["jitter"][-1] == 0.5
-    assert isinstance(drawn.first.transforms[0], v2.RandomRotation)
-    image = Image.effect_noise((200, 200), 80).convert("RGB")
+    small = MultiCrop(95, 40, 8, 0.25, drawn=False)  # which a blur would erase
+    assert recipe_of(small.first)["blur"] is recipe_of(small.local)["blur"] is None
+
+
+def test_a_blur_is_of_any_width_up_to_two_pixels(monkeypatch):
+    image, filtered = Image.effect_noise((200, 200), 80).convert("RGB"), []
     torch.manual_seed(0)
     assert blur_strength(image, train_ssl.blurred(image)) > 2
+    monkeypatch.setattr(train_ssl.ImageFilter, "GaussianBlur", filtered.append)
+    monkeypatch.setattr(Image.Image, "filter", lambda *_: None)
+    for _ in range(500):
+        train_ssl.blurred(image)
+    assert [min(filtered), sum(filtered) / 500, max(filtered)] == pytest.approx(
+        [0.1, 1.05, 2.0], abs=0.07
+    )
 
 
 def blur_strength(before: Image.Image, after: Image.Image) -> float:
@@ -174,6 +182,38 @@ def test_crops_have_their_sizes_and_their_own_transform():
     assert few.shape == (0, 3, 16, 16)
 
 
+class Enough(Exception):
+    """Ends a run once a test has seen what it came for."""
+
+
+@pytest.mark.parametrize("words, size, small", [([], 32, 16), (["--image-size", 128], 128, 56)])
+def test_the_demo_s_images_and_crops(words, size, small, tmp_path, monkeypatch):
+    """Two crops of 32 px and four of 16 px, whose hues and angles may be any; k-NN on the images as
+    they are drawn, of a split that is not trained on."""
+    crops, given = [], []
+    monkeypatch.setattr(train_ssl, "MultiCrop", lambda *x: crops.append(MultiCrop(*x)) or crops[0])
+
+    def knn_loaders(args, sets, *more):
+        given.append((sets, real(args, sets, *more)))
+        raise Enough
+
+    real = train_ssl.knn_loaders
+    monkeypatch.setattr(train_ssl, "knn_loaders", knn_loaders)
+    with pytest.raises(Enough):
+        run_main(train_ssl.main, ["--workers", 0, *words], tmp_path, monkeypatch)
+    [(sets, loaders)], [crop] = given, crops
+    assert [(x.split, len(x)) for x in sets] == [("train", 5000), ("val", 2000)]
+    for (images, labels), split in zip(map(next, map(iter, loaders)), ("train", "val")):
+        drawn = draw_shapes(list(range(256)), size, split)
+        assert torch.equal(images, drawn[0]) and torch.equal(labels, drawn[1])
+    large, few = crop(sets[0][0][0])
+    assert large.shape == (2, 3, size, size) and few.shape == (4, 3, small, small)
+    for part, scale in ((crop.first, (0.5, 1)), (crop.second, (0.5, 1)), (crop.local, (0.1, 0.5))):
+        assert part.transforms[0].degrees == [-180, 180]
+        recipe = recipe_of(part)
+        assert recipe["scale"] == scale and recipe["jitter"] == (0.8, 0.4, 0.4, 0.2, 0.5)
+
+
 def test_crops_are_made_of_their_seed():
     crops = data.Seeded(Shapes("train", 4), MultiCrop(32, 16, 2, 0.5, drawn=True))
     (first, _), (again, _), (other, _) = (crops.__getitems__([(1, seed)])[0] for seed in (7, 7, 8))
@@ -183,6 +223,7 @@ def test_crops_are_made_of_their_seed():
 
 def test_schedules_start_and_end_where_dino_puts_them():
     args = argparse.Namespace(lr=1e-3, momentum=0.996, teacher_temperature=0.07)
+    smaller = argparse.Namespace(**vars(args) | dict(lr=1e-9, teacher_temperature=0.03))
     first, risen, middle, last = (scheduled(step, 1000, 100, args) for step in (0, 99, 550, 1000))
     assert first["lr"] == pytest.approx(1e-5) and risen["lr"] == pytest.approx(1e-3)
     assert last["lr"] == pytest.approx(1e-6)
@@ -194,6 +235,9 @@ def test_schedules_start_and_end_where_dino_puts_them():
     assert first["teacher_temperature"] == pytest.approx(0.04)
     assert scheduled(50, 1000, 100, args)["teacher_temperature"] == pytest.approx(0.055)
     assert half["teacher_temperature"] == pytest.approx(0.07)
+    for step in (200, 1000):  # below DINO's last rate or first temperature neither ever rises
+        now = scheduled(step, 1000, 100, smaller)
+        assert now["lr"] <= 1e-9 and now["teacher_temperature"] == pytest.approx(0.03)
 
 
 def test_gradients_are_clipped_one_by_one():
@@ -413,13 +457,39 @@ def test_a_run_says_and_leaves_what_it_promises(finished):
     assert rows[0]["knn"] is not None and rows[1]["knn"] is None and rows[2]["knn"] is not None
     assert 0 < rows[2]["teacher_entropy"] <= math.log(32)
     assert (folder / "run/curves.png").read_bytes().startswith(b"\x89PNG")
+    groups = load(folder / "run/last.pt")["optimizer"]["param_groups"]
+    assert [tuple(group["betas"]) for group in groups] == [(0.95, 0.95)] * 2  # SOAP's
 
 
-def test_collapse_is_said_once_in_one_line(image_root, tmp_path, monkeypatch, capsys):
+def test_collapse_is_said_once_and_knn_measured_as_often_as_asked(
+    image_root, tmp_path, monkeypatch, capsys
+):
     words = ["--data", image_root, *RUN, "--teacher-temperature", "100", "--opt", "adamw"]
-    run_main(train_ssl.main, [*words, "--epochs", 4], tmp_path, monkeypatch)
+    words += ["--epochs", 5, "--knn-every", 2, "--out", "run"]
+    run_main(train_ssl.main, words, tmp_path, monkeypatch)
     said = re.findall(r"warning: the teacher's output is uniform", capsys.readouterr().out)
     assert len(said) == 1
+    history = load(tmp_path / "run/last.pt")["history"]
+    measured = [row["epoch"] for row in history if row["knn"] is not None]
+    assert measured == [0, 2, 4, 5]  # before training, every second epoch, and at the end
+
+
+def test_memory_counts_every_crop(image_root, tmp_path, monkeypatch, capsys):
+    """Here a global crop of 64 px has 65 tokens, a local one of 24 px 10: with eight of them 210
+    tokens per image instead of 130."""
+
+    def enough(run, *words):
+        describe_memory(run, *words)
+        raise Enough
+
+    describe_memory, told = train_ssl.Run.describe_memory, []
+    monkeypatch.setattr(train_ssl.Run, "describe_memory", enough)
+    for count in (0, 8):
+        words = ["--data", image_root, *RUN, "--local-crops", count, "--image-size", 64]
+        with pytest.raises(Enough):
+            run_main(train_ssl.main, words, tmp_path, monkeypatch)
+        told += re.findall(r"([\d.]+) MB for each of 12 images", capsys.readouterr().out)
+    assert float(told[1]) / float(told[0]) == pytest.approx(210 / 130, rel=0.05)
 
 
 def test_adamw_has_dinos_betas_and_a_large_set_no_first_pass(image_root, tmp_path, monkeypatch):
@@ -435,18 +505,21 @@ def test_adamw_has_dinos_betas_and_a_large_set_no_first_pass(image_root, tmp_pat
 
 
 def test_an_interrupted_run_resumes_exactly(image_root, tmp_path, monkeypatch, capsys):
+    """And its images per second are those of the steps that it made itself: here 4 in 0.1 s."""
     args = ["--data", image_root, *RUN, "--batch-size", "4", "--skipless"]
     run_main(train_ssl.main, [*args, "--out", "a"], tmp_path, monkeypatch)
-    lr_at = train_ssl.lr_at
+    lr_at, now = train_ssl.lr_at, [1000.0]
+    monkeypatch.setattr("support.run.time.time", lambda: now[0])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which cron's processes ignore
 
     def lr_and_a_signal(step, *rest):  # as if Ctrl-C came in the second epoch's sixth step
+        now[0] += 0.1
         if step == 15 + 5:
             os.kill(os.getpid(), signal.SIGINT)
         return lr_at(step, *rest)
 
     monkeypatch.setattr(train_ssl, "lr_at", lr_and_a_signal)
     stopped = run_here(train_ssl.main, [*args, "--out", "b"], tmp_path, monkeypatch, capsys)
-    monkeypatch.setattr(train_ssl, "lr_at", lr_at)
     assert stopped.returncode == 128 + signal.SIGINT and "continue with --resume" in stopped.stdout
     halfway = load(tmp_path / "b/last.pt")
     assert (halfway["epoch"], halfway["step"]) == (1, 6) and halfway["sums"]["loss"] > 0
@@ -457,20 +530,7 @@ def test_an_interrupted_run_resumes_exactly(image_root, tmp_path, monkeypatch, c
     assert torch.equal(a["centre"], b["centre"])
     for key in ("knn", "loss", "teacher_entropy"):
         assert [r.get(key) for r in a["history"]] == [r.get(key) for r in b["history"]]
-
-
-def test_two_processes_train_what_one_does(image_root, tmp_path):
-    """Crops come of the image's seed and the centre is synchronised: the same up to rounding."""
-    args = ["--data", image_root, *RUN, "--skipless", "--opt", "adamw"]
-    one = run_script("train_ssl.py", *args, "--out", "one", cwd=tmp_path)
-    two = run_script("train_ssl.py", *args, "--out", "two", cwd=tmp_path, launcher=TWO_PROCESSES)
-    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    a, b = (load(tmp_path / name / "last.pt") for name in ("one", "two"))
-    assert torch.allclose(a["centre"], b["centre"], atol=1e-4)
-    keys = ("loss", "teacher_entropy", "knn")
-    rows = [[[row[k] for k in keys] for row in c["history"] if row["epoch"] == 2] for c in (a, b)]
-    assert rows[0][0][:2] == pytest.approx(rows[1][0][:2], abs=1e-3)
-    assert rows[0][0][2] == pytest.approx(rows[1][0][2], abs=100 / 30 + 1e-6)  # one image of 30
+    assert b["history"][-1]["images_per_s"] == 40.0
 
 
 # ---- what it refuses -----------------------------------------------------------------------------
@@ -523,9 +583,18 @@ def test_bad_files_end_in_one_line(finished, tmp_path, monkeypatch, capsys):
     assert_fails_in_one_line(done, "last.pt is damaged or of another version")
 
 
-def test_settings_of_the_recipe(monkeypatch):
-    monkeypatch.setattr(sys, "argv", "train_ssl.py --data x --skipless".split())
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("", dict(model="nano", image_size=32, patch_size=8, lr=3e-3, epochs=6)),
+        ("", dict(local_crops=4, prototypes=256, momentum=0.98, teacher_temperature=0.04)),
+        ("--data x", dict(local_crops=8, prototypes=65536, momentum=0.996, lr=2e-3)),
+        ("--data x", dict(teacher_temperature=0.07, crop_split=0.25, drop_path=0.1)),
+        ("--data x --skipless", dict(model="small", init="paper", alpha=1.8, beta=1.0, c=3.0)),
+        ("--data x --skipless", dict(lr=5e-4, drop_path=0.0)),
+    ],
+)
+def test_where_a_setting_comes_from(words, expected, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_ssl.py", *words.split()])
     args, *_ = train_ssl.read_settings()
-    assert (args.model, args.alpha, args.beta, args.c) == ("small", 1.8, 1.0, 3.0)
-    assert (args.local_crops, args.prototypes, args.momentum) == (8, 65536, 0.996)
-    assert (args.lr, args.drop_path, args.init) == (5e-4, 0.0, "paper")
+    assert {name: getattr(args, name) for name in expected} == expected

@@ -9,8 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import SMALL, run_main
-from test_minskip import correlation
+from conftest import SMALL, correlation, run_main
 from torch import nn
 
 import jacobian_probe
@@ -275,14 +274,16 @@ def test_combinations_without_meaning_are_refused(varied, words):
 
 
 def test_a_copy_knows_its_own_grid():
-    """DINO's teacher and averaged weights are copies, and local crops have another grid."""
+    """DINO's teacher and averaged weights are copies, and may see other images: here 2 x 8 patches,
+    where the network sees 4 x 4."""
     model = vit(attention="e-spa")
-    twin = copy.deepcopy(model)
-    large, small = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 4, 6)
-    y = model(large)
-    twin(small)
-    torch.testing.assert_close(model(large), y)
-    assert model.grid == dict(rows=4, columns=4) and twin.grid == dict(rows=2, columns=3)
+    twin, block = copy.deepcopy(model), model.blocks[0]
+    x, other = model.embed(torch.randn(2, 3, 8, 8)), torch.randn(2, 3, 4, 16)
+    y = block(x)
+    twin.embed(other)
+    torch.testing.assert_close(block(x), y)
+    model.embed(other)
+    assert not torch.allclose(block(x), y)
 
 
 # ---- from the command line -----------------------------------------------------------------------
@@ -305,6 +306,17 @@ def settled(monkeypatch, words: str = "") -> argparse.Namespace:
 )  # fmt: skip
 def test_what_a_variant_implies_for_settings_that_are_not_given(words, expected, monkeypatch):
     assert expected.items() <= vars(settled(monkeypatch, words)).items()
+
+
+@pytest.mark.parametrize(
+    "arm, c", [("skipless-paper", 3.0), ("skipless-paper+dyt", 3.0), ("skipless-paper+none", 1.0)]
+)
+def test_an_arm_has_the_paper_s_c_but_one_without_norms(arm, c):
+    """Where no norm cancels it."""
+    shape = dict(image_size=16, patch_size=8, num_classes=5, dim=24, depth=1, num_heads=2)
+    for given, expected in ((None, c), (1.7, 1.7)):
+        W_V = arms.fresh_arm(arm, c=given, **shape).blocks[0].attention.W_V.weight
+        torch.testing.assert_close(W_V @ W_V.T, expected**2 * torch.eye(24), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,222 @@
+"""Several processes that train together, and the precision of what they compute.
+
+`torchrun` itself starts those of test_soap.py and one run of test_train_cls.py.
+"""
+
+import re
+import signal
+import socket
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fresh_process
+import pytest
+import torch
+from conftest import SMALL, run_main, script_environment
+
+import train_cls
+import train_ssl
+from minskip import ViT
+from support import data, processes
+
+
+def load(path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def run_two(code: str, words: list, cwd: Path) -> list[subprocess.CompletedProcess]:
+    """A script in two processes that know each other as torchrun's do."""
+    (cwd / "script.py").write_text(code)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def run(rank: int) -> subprocess.CompletedProcess:
+        joined = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2)
+        joined |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        environment = script_environment() | {name: str(x) for name, x in joined.items()}
+        return fresh_process.run([cwd / "script.py", *words], cwd, environment)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(run, range(2)))
+
+
+def assert_both_ended(done: list, code: int = 0) -> None:
+    assert [x.returncode for x in done] == [code, code], "\n".join(x.stderr for x in done)
+
+
+# ---- what they exchange --------------------------------------------------------------------------
+
+EXCHANGE = """
+import argparse, math
+import torch
+from support import knn, processes
+from support.run import Run
+_, rank, world = processes.start_processes("cpu")
+assert world == 2
+rows = torch.arange(14.0).reshape(7, 2) + 1
+assert torch.equal(knn.gathered(rows[:4] if rank == 0 else rows[4:]), rows)
+assert torch.equal(knn.gathered(rows[:4, 0] if rank == 0 else rows[4:, 0]), rows[:, 0])
+mine = torch.tensor([1.0 + 4 * rank, 5.0])
+assert processes.mean_over_processes(mine).tolist() == [3, 5]
+assert mine.tolist() == [1 + 4 * rank, 5]
+problems = []
+noted = dict(sums={}, step=0, reads_after=lambda step: True, break_off=problems.append)
+Run.add(argparse.Namespace(**noted), loss=torch.tensor(math.nan if rank else 1.0))
+assert problems == ["the loss is nan"]
+processes.end_processes()
+"""
+
+
+def test_two_processes_gather_features_average_numbers_and_leave_together(tmp_path):
+    """The k-NN bank: four images of one process and three of the other, in order and without
+    padding. A loss that is not finite in one of them is noted by both."""
+    assert_both_ended(run_two(EXCHANGE, [], tmp_path))
+
+
+UNEVEN = """
+import os, time
+import torch
+import {trainer} as trainer
+from support import errors, files
+
+def another(*args):
+    model = build(*args)
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    return model
+
+def late(*args):
+    time.sleep(3)
+    return run_folder(*args)
+
+build, run_folder = trainer.{build}, files.run_folder
+if os.environ["RANK"] == "1":
+    trainer.{build}, files.run_folder = another, late
+with errors.errors_in_one_line("-"):
+    trainer.main()
+"""  # the second process draws other weights, as on another machine, and comes late
+UNEVEN_CLS = UNEVEN.format(trainer="train_cls", build="build_network")
+UNEVEN_SSL = UNEVEN.format(trainer="train_ssl", build="build_backbone")
+
+
+def test_two_processes_compute_the_gradient_of_one(image_root, tmp_path, monkeypatch):
+    """After one step AdamW's first moment is a tenth of the gradient: compare it. And averaged
+    weights are the same everywhere, so that val is measured on one network."""
+    args = ["--data", image_root, *SMALL, "--batch-size", "60", "--epochs", "1", "--opt", "adamw"]
+    args += "--warmup-epochs 0 --mixup 0 --cutmix 0 --drop-path 0 --clip-grad 0 --ema 0.9".split()
+    run_main(train_cls.main, [*args, "--out", "one"], tmp_path, monkeypatch)
+    args += ["--grad-accum", "3", "--out", "two"]
+    assert_both_ended(run_two(UNEVEN_CLS, args, tmp_path))
+    a, b = (load(tmp_path / name / "last.pt") for name in ("one", "two"))
+    moments = [c["optimizer"]["state"] for c in (a, b)]
+    for i in moments[0]:
+        g, h = (m[i]["exp_avg"] for m in moments)
+        assert torch.allclose(g, h, rtol=1e-3, atol=1e-6 * g.abs().max().item() + 1e-9)
+    assert a["history"][0]["loss"] == pytest.approx(b["history"][0]["loss"], rel=1e-5)
+    assert a["history"][0]["val_loss"] == pytest.approx(b["history"][0]["val_loss"], rel=1e-3)
+
+
+def test_two_processes_train_with_dino_what_one_does(image_root, tmp_path, monkeypatch):
+    """Crops come of the image's seed, the centre is synchronised, and both teachers start from the
+    first process's weights: the same up to rounding."""
+    args = ["--data", image_root, *SMALL, "--prototypes", 32, "--skipless", "--opt", "adamw"]
+    run_main(train_ssl.main, [*args, "--out", "one"], tmp_path, monkeypatch)
+    assert_both_ended(run_two(UNEVEN_SSL, [*args, "--out", "two"], tmp_path))
+    a, b = (load(tmp_path / name / "last.pt") for name in ("one", "two"))
+    assert torch.allclose(a["centre"], b["centre"], atol=1e-4)
+    rows = [c["history"][-1] for c in (a, b)]
+    for key, close in (("loss", 1e-3), ("teacher_entropy", 1e-3), ("knn", 100 / 30 + 1e-6)):
+        assert rows[0][key] == pytest.approx(rows[1][key], abs=close)  # one image of 30
+
+
+def test_two_processes_resume_into_another_folder(image_root, tmp_path, monkeypatch):
+    """The first must not save into it before the second has asked whether it holds a run."""
+    words = ["--data", image_root, *SMALL, "--opt", "adamw", "--ema", "0.9", "--out", "run"]
+    run_main(train_cls.main, words, tmp_path, monkeypatch)
+    assert_both_ended(run_two(UNEVEN_CLS, "--resume run/last.pt --out moved".split(), tmp_path))
+    a, b = (load(tmp_path / f"{name}/last.pt") for name in ("run", "moved"))
+    assert a["history"] == b["history"]
+    for key in ("model", "ema"):
+        assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
+
+
+# ---- interrupted ---------------------------------------------------------------------------------
+
+SIGNALLED = """
+import os, signal
+import torch
+import train_cls
+from support import errors
+
+def lr_and_a_signal(step, *rest):
+    print("seed", torch.initial_seed(), flush=True)  # that MixUp and drop-path draw from
+    if step == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return lr_at(step, *rest)
+
+lr_at, train_cls.lr_at = train_cls.lr_at, lr_and_a_signal
+with errors.errors_in_one_line("-"):
+    train_cls.main()
+"""
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_and_one_goes_on(
+    image_root, tmp_path, monkeypatch, capsys
+):
+    """Each process keeps SOAP's state of some weights; the checkpoint holds all of it, and the mean
+    of both processes' losses. The two draw different random numbers."""
+    args = ["--data", image_root, *SMALL, "--skipless", "--mixup", 0, "--cutmix", 0, "--seed", 3]
+    done = run_two(SIGNALLED, [*args, "--out", "two"], tmp_path)
+    assert_both_ended(done, 128 + signal.SIGTERM)
+    for rank, process in enumerate(done):
+        seeds = [int(x) for x in re.findall(r"seed (\d+)", process.stdout)]
+        assert seeds == [data.mixed_seeds(1, data.STEP, 3, 0, i, rank)[0] for i in range(3)]
+    two = load(tmp_path / "two/last.pt")
+    run_main(train_cls.main, ["--resume", "two/last.pt"], tmp_path, monkeypatch)
+    for out, at_once in ((done[0].stdout, 6), (capsys.readouterr().out, 12)):
+        assert f" MB for each of {at_once} images" in out
+    one = load(tmp_path / "two/last.pt")
+    for steps, checkpoint in ((3, two), (10, one)):
+        states = checkpoint["optimizer"]["state"]
+        assert len(states) == len(checkpoint["model"])
+        assert {state["step"] for state in states.values()} == {steps}
+    moved = one["model"]["blocks.0.mlp.fc1.weight"] - two["model"]["blocks.0.mlp.fc1.weight"]
+    assert 1e-4 < moved.abs().max() < 0.1  # bases and moments are of a size
+
+    run_main(train_cls.main, [*args, "--out", "alone"], tmp_path, monkeypatch)
+    for a, b in zip(load(tmp_path / "alone/last.pt")["history"], one["history"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+
+
+# ---- precision -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "device, supported, expected",
+    [("cuda", True, (True, True, False)), ("cuda", False, (False, True, False)),
+     ("cpu", True, (False, True, False))],
+)  # fmt: skip
+def test_bf16_is_used_where_asked_for_and_by_default_on_gpus_that_have_it(
+    device, supported, expected, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: supported)
+    amps = ("auto", "bf16", "off")
+    assert tuple(processes.uses_bf16(torch.device(device), amp) for amp in amps) == expected
+
+
+@pytest.mark.parametrize("trainer, more", [(train_cls, []), (train_ssl, ["--prototypes", 8])])
+def test_amp_holds_in_every_pass(trainer, more, image_root, tmp_path, monkeypatch, capsys):
+    """In training, on val, for k-NN, and in the estimate of memory."""
+    seen, classify = [], ViT.classify
+
+    def noted(self, x):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return classify(self, x)
+
+    monkeypatch.setattr(ViT, "classify", noted)
+    words = ["--data", image_root, *SMALL, "--epochs", 1, "--warmup-epochs", 0, *more]
+    run_main(trainer.main, [*words, "--amp", "bf16"], tmp_path, monkeypatch)
+    assert len(seen) > 5 and all(seen)
+    assert "on cpu x 1, bf16" in capsys.readouterr().out
