@@ -15,7 +15,6 @@ from conftest import (
     make_image_folder,
     run_here,
     run_main,
-    run_script,
     script_environment,
 )
 
@@ -285,24 +284,12 @@ def test_an_apple_gpu_needs_torchs_fallback(image_root, tmp_path, monkeypatch, c
 
 
 def test_names_that_the_terminal_cannot_write_are_written_in_ascii(tmp_path):
-    """A folder's name beyond ASCII, and one that is no text at all."""
-    for name in ("bilder-ü", os.fsdecode(b"bilder-\xff")):
-        make_image_folder(tmp_path / name)
-        words = [
-            "--data",
-            name,
-            *SMALL,
-            "--epochs",
-            "1",
-            "--warmup-epochs",
-            "0",
-            "--out",
-            "r" + name,
-        ]
-        command = [sys.executable, str(ROOT / "train_cls.py"), *words]
-        environment = script_environment() | dict(PYTHONIOENCODING="ascii")
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
-        assert done.returncode == 0, done.stderr
-        assert rb"data    bilder-\x" in done.stdout or rb"data    bilder-\udcff" in done.stdout
-    done = run_script("train_cls.py", "--eval", "rbilder-ü/last.pt", cwd=tmp_path)
+    """A folder's name beyond ASCII, of which one byte is no text at all."""
+    name = os.fsdecode("bilder-ü".encode() + b"\xff")
+    make_image_folder(tmp_path / name)
+    words = ["--data", name, *SMALL, "--epochs", "1", "--warmup-epochs", "0", "--out", "r" + name]
+    command = [sys.executable, str(ROOT / "train_cls.py"), *words]
+    environment = script_environment() | dict(PYTHONIOENCODING="ascii")
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr
+    assert rb"data    bilder-\xfc\udcff: 60 training images" in done.stdout

@@ -67,10 +67,13 @@ def test_a_steps_time_is_that_of_its_network(opt, tmp_path, monkeypatch, capsys)
 def test_the_soaps_are_told_apart(tmp_path, monkeypatch, capsys):
     for module, seconds in ((speed, 0.01), (pytest.importorskip("pytorch_optimizer"), 0.03)):
         stub = types.SimpleNamespace(step=partial(time.sleep, seconds))
-        monkeypatch.setattr(module, "SOAP", lambda weights, lr, stub=stub: stub)
+        monkeypatch.setattr(module, "SOAP", lambda weights, stub=stub, **_: stub)
     run_main(speed.main, ["soap", "--tens", 2, "--device", "cpu"], tmp_path, monkeypatch)
     out = capsys.readouterr().out
     assert 1.5 < ratios(out)[0] < 3.5 and int(re.search(r"SOAP here (\d+) ms", out)[1]) >= 100
+    longest = re.findall(r"refreshes (\w+).*: the longest step takes ([\d.]+) times", out)
+    assert [how for how, _ in longest] == ["in", "staggered"]
+    assert all(float(times) >= 1 for _, times in longest)
 
 
 def test_one_svd_per_head_gives_the_papers_weights():

@@ -510,6 +510,7 @@ print(len(signals), "signal", os.environ["OMP_NUM_THREADS"], "thread")
 
 
 def test_interrupted_runs_are_told_once_saved_and_continued(stubbed, tmp_path, monkeypatch):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which cron's processes ignore
     (tmp_path / "train_cls.py").write_text(WAITS)
     with monkeypatch.context() as real:
         real.setattr(sweep, "start", START)
