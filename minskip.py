@@ -200,8 +200,8 @@ class ViT(nn.Module):
         self.patch_embed = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if pool == "cls" else None
         self.pos_embed = nn.Parameter(torch.zeros(1, n, dim))
-        self.grid = {}  # rows and columns of patches of the current images; beyond/variants.py
-        self.embed_norm = nn.Identity()  # ... puts a norm here if there is none in the blocks
+        self.grid = None  # beyond/variants.py puts a dict here, for attentions that ask for it
+        self.embed_norm = nn.Identity()  # ... and a norm here, if there is none in the blocks
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, mlp_ratio, residual, rate, n * diagonal_bias, norm_affine)
             for rate in torch.linspace(0, drop_path, depth, device="cpu").tolist()
@@ -244,7 +244,8 @@ class ViT(nn.Module):
             raise ValueError(f"patch size must divide image size: images are {size}, patch {patch}")
         x = self.patch_embed(images)
         rows, columns = x.shape[-2:]
-        self.grid.update(rows=rows, columns=columns)
+        if self.grid is not None:
+            self.grid[rows * columns] = rows, columns
         x = rearrange(x, "batch dim row column -> batch (row column) dim")
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)

@@ -151,7 +151,6 @@ class Shaped(ValueSkipInit):
 # now, before: rho (of u-spa) or gamma (of e-spa) in Sigma and in Sigma'.
 
 
-@torch.compiler.disable  # it would trace into the cached function
 @functools.cache  # per device too, because copying a tensor there in every step stalls the GPU
 def u_spa(rows: int, columns: int, now: float, before: float, dtype, device):
     """D, (1, 1), and B, (token, token), for Sigma = (1 - rho) I + rho 11^T: tokens equally alike.
@@ -174,7 +173,6 @@ def line_kernel(n: int, gamma: float, power: float = 1.0) -> Tensor:
     return V * S**power @ V.T
 
 
-@torch.compiler.disable
 @functools.cache
 def e_spa(rows: int, columns: int, now: float, before: float, dtype, device):
     """D, (token, 1), and B, (token, token), for Sigma = exp(-gamma distance): near ones are alike.
@@ -193,22 +191,33 @@ def e_spa(rows: int, columns: int, now: float, before: float, dtype, device):
 GRID_ATTENTIONS = {"u-spa": u_spa, "e-spa": e_spa}
 
 
+@torch.compiler.assume_constant_result  # compiled, a block keeps its D and B
+def kept(attention: str, *settings) -> tuple[Tensor, Tensor]:
+    return GRID_ATTENTIONS[attention](*settings)
+
+
 class SPA(Attention):
     """A = D softmax(q k^T / sqrt(d_h) + B).
 
-    D_and_B: `u_spa` or `e_spa` with this block's kernels filled in.
-    grid: the current images' rows and columns of patches, updated by `ViT.embed`.
+    attention: "u-spa" or "e-spa". now, before: this block's kernels.
+    grid: number of patches -> rows, columns of the latest images of so many; see `ViT.embed`.
     """
 
-    def __init__(self, dim: int, num_heads: int, D_and_B: functools.partial, grid: dict[str, int]):
+    def __init__(
+        self, dim: int, num_heads: int, attention: str, now: float, before: float, grid: dict
+    ):
         super().__init__(dim, num_heads)
-        self.D_and_B, self.grid = D_and_B, grid
+        self.attention, self.now, self.before, self.grid = attention, now, before, grid
+
+    def D_and_B(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        rows, columns = self.grid[y.shape[-2]]
+        return kept(self.attention, rows, columns, self.now, self.before, y.dtype, y.device)
 
     def logit_bias(self, q: Tensor) -> Tensor:
-        return self.D_and_B(**self.grid, dtype=q.dtype, device=q.device)[1]
+        return self.D_and_B(q)[1]
 
     def scaled(self, y: Tensor) -> Tensor:
-        return self.D_and_B(**self.grid, dtype=y.dtype, device=y.device)[0] * y
+        return self.D_and_B(y)[0] * y
 
     def weights(self, x: Tensor) -> Tensor:
         return self.scaled(super().weights(x))
@@ -326,9 +335,9 @@ def vary_(
     replacements = []
     if attention in GRID_ATTENTIONS:
         side = model.config["image_size"] // model.config["patch_size"]
+        model.grid = {side**2: (side, side)}
         for before, now in pairwise(kernels(attention, len(blocks), side, side)):
-            D_and_B = functools.partial(GRID_ATTENTIONS[attention], before=before, now=now)
-            replacements.append(SPA(dim, num_heads, D_and_B, model.grid))
+            replacements.append(SPA(dim, num_heads, attention, now, before, model.grid))
     elif attention != "softmax":
         kind = {"value-skipinit": ValueSkipInit, "shaped": Shaped}[attention]
         replacements = [kind(dim, num_heads) for _ in blocks]

@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
 # The rows that both trainers have. A type is a function of the text, a list of choices, or bool.
 COMMON = dict(
     data=(None, None, NAME,
-        "folder with train/<class>/* and val/<class>/*; without labels also train/* or images alone "
+        "folder with train/<class>/* and val/<class>/*; without labels images alone will do "
         "[synthetic images]"),
     out=(None, None, NAME, "folder for this run's files [under runs/, named after the settings]"),
     grad_accum=(1, 1, COUNT, "parts in which a batch is computed; raise it if memory runs out"),
