@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import v2
 
-from beyond.arms import arm_of, complete, inherit, say_twin, start_from_, trained_vit
+from beyond.arms import arm_of, new_settings, say_twin, start_from_, trained_vit
 from beyond.identity_init import NEEDS, hold_pairs, identity_init_
 from beyond.variants import CHOICES, start_, vary_
 from minskip import PRESETS, ViT, conditioned_init_
@@ -52,7 +52,6 @@ from support.flags import (
     POSITIVE,
     WORKERS,
     given_flags,
-    settings_of,
     stored_settings,
 )
 from support.processes import autocast, say
@@ -149,12 +148,7 @@ def read_settings() -> tuple[argparse.Namespace, dict | None, dict | None]:
         checkpoint = load_checkpoint(path, "train_cls")
         free = FREE_TO_CHANGE | ({"batch_size", "amp"} if "eval" in given else set())
         return stored_settings(checkpoint["args"], given, free), checkpoint, None
-    args, source = settings_of(SETTINGS, given), None
-    decided = given.keys()
-    if args.init_from:
-        source = load_checkpoint(args.init_from)
-        decided = inherit(args, given, source)
-    complete(args, decided, INIT)  # what the network asks of the other settings
+    args, source = new_settings(SETTINGS, given, INIT)
     network = f"skipless-{args.init}" if args.skipless else "residual"
     demo, with_data = LEARNING_RATE[network]
     args.lr = args.lr or (with_data if args.data else demo)[args.opt]
@@ -323,6 +317,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, source: dict | None
     compiled = torch.compile(model) if args.compile else model
     network = processes.averaging_gradients(compiled, device)
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
+    parameters, averaged = list(model.parameters()), list(ema.parameters()) if ema else []
     optimizer = build_optimizer(args, model)
     if args.checkpoint_activations:
         processes.checkpoint_activations_(model)
@@ -360,7 +355,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, source: dict | None
                     loss = F.cross_entropy(logits, y, label_smoothing=args.label_smoothing)
                 (loss / args.grad_accum).backward()
                 step_loss += loss.detach() / args.grad_accum
-            norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+            norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
             run.add(loss=step_loss, grad_norm=norm)  # before the step: ends the run if not finite
 
             optimizer.step()
@@ -368,9 +363,8 @@ def train(args: argparse.Namespace, checkpoint: dict | None, source: dict | None
             if ema:
                 # It rises to --ema, or a short run's average would still hold the first weights.
                 decay = min(args.ema, (1 + run.global_step) / (10 + run.global_step))
-                averaged, trained = list(ema.parameters()), list(model.parameters())
                 with torch.no_grad():
-                    torch._foreach_lerp_(averaged, trained, 1 - decay)
+                    torch._foreach_lerp_(averaged, parameters, 1 - decay)
 
         row = run.end_epoch(**evaluate(ema or model, val_loader, device, args.amp), lr=lr)
         say(

@@ -29,7 +29,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
-from beyond.arms import arm_of, complete, inherit, say_twin, start_from_
+from beyond.arms import arm_of, new_settings, say_twin, start_from_
 from beyond.identity_init import NEEDS, hold_pairs, identity_init_
 from beyond.variants import CHOICES, start_, vary_
 from minskip import PRESETS, ViT, conditioned_init_
@@ -48,7 +48,6 @@ from support.flags import (
     POSITIVE,
     WORKERS,
     given_flags,
-    settings_of,
     stored_settings,
 )
 from support.knn import knn_accuracy
@@ -153,12 +152,7 @@ def read_settings() -> tuple[argparse.Namespace, dict | None, dict | None]:
     if "resume" in given:
         checkpoint = load_checkpoint(given["resume"], "train_ssl")
         return stored_settings(checkpoint["args"], given, FREE_TO_CHANGE), checkpoint, None
-    args, source = settings_of(SETTINGS, given), None
-    decided = given.keys()
-    if args.init_from:
-        source = load_checkpoint(args.init_from)
-        decided = inherit(args, given, source)
-    complete(args, decided, INIT)  # what the network asks of the other settings
+    args, source = new_settings(SETTINGS, given, INIT)
     network = f"skipless-{args.init}" if args.skipless else "residual"
     demo, with_data = LEARNING_RATE[network]
     args.lr = args.lr or (with_data if args.data else demo)[args.opt]
@@ -413,9 +407,8 @@ def scheduled(step: int, steps: int, warmup: int, args: argparse.Namespace) -> d
 
 
 def knn_loaders(args: argparse.Namespace, sets: tuple, device, rank: int, world: int) -> list:
-    """Loaders of both sets for `knn_accuracy`, unaugmented; none without a validation set of two
-    classes or more."""
-    if sets[1] is None or len(sets[1].classes) < 2:
+    """Loaders of both sets for `knn_accuracy`, unaugmented; none without a validation set."""
+    if sets[1] is None:
         return []
     if len(sets[1]) < world:
         raise UserError(f"--data {args.data}: fewer images in val/ than the {world} processes")

@@ -13,7 +13,8 @@ from beyond.identity_init import COUNTS_ON, NEEDS, identity_init_
 from beyond.variants import CHOICES, GRID_ATTENTIONS, STARTS, differing, start_, vary_
 from minskip import PRESETS, ViT, conditioned_init_
 from support.errors import UserError
-from support.flags import check_no_other, flag_of
+from support.files import load_checkpoint
+from support.flags import check_no_other, flag_of, settings_of
 from support.processes import say
 
 ARMS = ["residual", "skipless-default", "skipless-paper", "skipless-identity"]
@@ -97,16 +98,24 @@ NETWORK = {
 }  # fmt: skip
 
 
-def inherit(args: argparse.Namespace, given: dict, checkpoint: dict) -> set[str]:
-    """Give args, in place, the network of a checkpoint; --image-size may be another.
+def new_settings(
+    table: dict[str, tuple], given: dict, init_of: dict[str, str]
+) -> tuple[argparse.Namespace, dict | None]:
+    """(settings of a run that is not resumed, the checkpoint that --init-from names).
 
-    Returns the names of the settings that are decided now. Raises UserError for a flag that asks
-    for another network.
+    table: a trainer's. given: the flags on the command line. init_of: as of `complete`. Raises
+    UserError where the settings contradict each other, or the checkpoint's network; --image-size
+    may be another.
     """
-    stored = {name: checkpoint["args"][name] for name in NETWORK}
-    check_no_other(stored, {k: v for k, v in given.items() if k in NETWORK}, {"image_size"})
-    vars(args).update(stored | given)
-    return given.keys() | NETWORK - {"alpha", "beta", "c"}
+    args, decided, source = settings_of(table, given), given.keys(), None
+    if args.init_from:
+        source = load_checkpoint(args.init_from)
+        stored = {name: source["args"][name] for name in NETWORK}
+        check_no_other(stored, {k: v for k, v in given.items() if k in NETWORK}, {"image_size"})
+        vars(args).update(stored | given)
+        decided = given.keys() | NETWORK - {"alpha", "beta", "c"}
+    complete(args, decided, init_of)
+    return args, source
 
 
 def say_twin(args: argparse.Namespace, init_of: dict[str, str]) -> None:

@@ -28,8 +28,8 @@ itself with weight
 all tokens, see a random projection of all coordinates, and write into coordinates of their own.
 
 As delta depends on n, a keeper's b must follow it on images of another size: with b made for 25
-tokens, delta falls from .997 to .92 at 690. So `minskip.Attention` adds log((n - 1) / (n_0 - 1)) to
-the keepers' b, where training has n_0 tokens. That keeps delta as it was and is 0 at n_0.
+tokens, delta falls from .997 to .91 at 690. So `minskip.Attention` adds log((n - 1) / (n_0 - 1)) to
+the keepers' b, where training has n_0 tokens. That is 0 at n_0, and keeps delta as it was.
 
 LayerNorm. A gain and shift in the blocks would multiply what passes through, 2 L times (in a
 residual network they touch only the branch), so the blocks have none.

@@ -82,11 +82,8 @@ class Run:
             raise UserError(
                 f"--warmup-epochs {args.warmup_epochs} leaves no step to train; make it smaller"
             )
-        self.prolonged_from = None
         if checkpoint:
             self.restore(checkpoint)
-            if checkpoint["args"]["epochs"] != args.epochs:
-                self.prolonged_from = checkpoint["args"]["epochs"]
         stem = f"{script.removeprefix('train_')}-{args.model}-{arm}-{args.opt}"
         self.out = files.run_folder(args.out, stem, args.seed, args.resume)
         if main_process():
@@ -237,6 +234,10 @@ class Run:
         if had != has:  # a preempted job may come back with others
             say(f"note    {had} processes before, {has} now: the same batches, but other random")
             say("        numbers for MixUp, CutMix and drop-path than in an uninterrupted run")
+        had, has = checkpoint["args"]["epochs"], self.args.epochs
+        if had != has:
+            rule = f"from here on the schedule is that of {has}"
+            say(f"note    {had} epochs before, {has} now: {rule}")
         try:
             for name, x in self.kept.items():
                 if isinstance(x, Tensor):
@@ -277,9 +278,6 @@ class Run:
             say(f"resume  {a.resume} is finished: nothing is left to train")
         elif a.resume:
             say(f"resume  {a.resume} at epoch {self.epoch + 1}, step {self.step}")
-        if self.prolonged_from:
-            say(f"note    {self.prolonged_from} epochs before, {a.epochs} now: from here on the "
-                f"schedule is that of {a.epochs}")  # fmt: skip
 
     def describe_memory(self, network: nn.Module, *shapes: tuple[int, ...]) -> None:
         """Print an estimate of the memory of a step; shapes: of one image in each of its inputs."""

@@ -255,6 +255,8 @@ def test_a_training_step_waits_for_the_gpu_only_to_read_numbers(
         assert "on cuda:0 x 1, bf16" in capsys.readouterr().out
         check_waits(cuda)
     assert bool(twice) == ("--checkpoint-activations" in words)
+    group = files.load_checkpoint(str(last))["optimizer"]["param_groups"][0]
+    assert group.get("stagger") == (None if "adamw" in words else True)  # so no step bears them all
     if script is train_cls:
         run_main(script.main, ["--eval", last], tmp_path, monkeypatch)
 

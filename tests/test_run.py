@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -225,20 +226,27 @@ def test_dino_that_learned_nothing_says_so(image_root, tmp_path, monkeypatch, ca
 
 
 def test_a_log_file_shows_a_step_within_the_first_minute(image_root, tmp_path, monkeypatch, capsys):
-    """Once, 30 seconds in; here each step takes 7. A terminal has its bar."""
-    now = [1000.0]
+    """Once, 30 seconds in: here a step takes 7, and 11 after a resume in the seventh of ten, whose
+    pace is that of the steps made since. A terminal has its bar."""
+    now, seconds, stopped = [1000.0], [7], []
     monkeypatch.setattr("support.run.time.time", lambda: now[0])
     lr_at = train_cls.lr_at
 
-    def slowly(*words):
-        now[0] += 7
-        return lr_at(*words)
+    def slowly(step, *rest):
+        now[0] += seconds[0]
+        if step == 6 and not stopped:
+            stopped.append(os.kill(os.getpid(), signal.SIGTERM))
+        return lr_at(step, *rest)
 
     monkeypatch.setattr(train_cls, "lr_at", slowly)
     words = ["--data", image_root, *SMALL, "--batch-size", "6", "--out", "r"]
-    run_main(train_cls.main, words, tmp_path, monkeypatch)
-    [line] = re.findall(r"epoch \d/2, step.*", capsys.readouterr().out)
+    done = run_here(train_cls.main, words, tmp_path, monkeypatch, capsys)
+    [line] = re.findall(r"epoch \d/2, step.*", done.stdout)
     assert re.fullmatch(r"epoch 1/2, step 5: loss \d\.\d{3}, 1\.2 minutes an epoch", line)
+    seconds[0] = 11
+    run_main(train_cls.main, ["--resume", "r/last.pt"], tmp_path, monkeypatch)
+    [line] = re.findall(r"epoch \d/2, step.*", capsys.readouterr().out)
+    assert re.fullmatch(r"epoch 1/2, step 10: loss \d\.\d{3}, 1\.8 minutes an epoch", line)
 
 
 # ---- the machine ---------------------------------------------------------------------------------
