@@ -162,14 +162,14 @@ def read_settings() -> tuple[argparse.Namespace, dict | None, dict | None]:
 
 def validation_set(args: argparse.Namespace):
     if args.data:
-        return image_folder(args.data, "val")
+        return image_folder(args.data, "val", image_size=args.image_size)
     return Shapes("val", SHAPES_VAL, args.image_size)
 
 
 def both_sets(args: argparse.Namespace):
     """(training set, validation set), their images checked."""
     if args.data:
-        return image_folders(args.data, check=processes.main_process())
+        return image_folders(args.data, processes.main_process(), image_size=args.image_size)
     return Shapes("train", SHAPES_TRAIN, args.image_size), validation_set(args)
 
 

@@ -25,9 +25,7 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageFilter
 from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode, v2
 
 from beyond.arms import arm_of, new_settings, say_twin, start_from_
 from beyond.identity_init import NEEDS, hold_pairs, identity_init_
@@ -35,6 +33,7 @@ from beyond.variants import CHOICES, start_, vary_
 from minskip import PRESETS, ViT, conditioned_init_
 from soap import SOAP
 from support import processes
+from support.crops import MultiCrop, recoloured
 from support.data import CORES, Batches, augmentations, image_folders, make_loader, normalise
 from support.errors import UserError, errors_in_one_line
 from support.files import load_checkpoint
@@ -167,7 +166,8 @@ def read_settings() -> tuple[argparse.Namespace, dict | None, dict | None]:
 def load_sets(args: argparse.Namespace):
     """(training set, validation set or None), their images checked; the second is only for k-NN."""
     if args.data:
-        return image_folders(args.data, check=processes.main_process(), need_val=False)
+        check, size = processes.main_process(), args.image_size
+        return image_folders(args.data, check, need_val=False, image_size=size)
     train_set = Shapes("train", SHAPES_TRAIN, args.image_size)
     return train_set, Shapes("val", SHAPES_VAL, args.image_size)
 
@@ -179,53 +179,6 @@ def local_size(image_size: int, patch_size: int) -> int:
     is .1 of a patch larger.)
     """
     return max(1, round(image_size * 3 / 7 / patch_size)) * patch_size
-
-
-def blurred(image: Image.Image) -> Image.Image:
-    """A Gaussian blur of random width, by Pillow, which is several times as fast as torchvision."""
-    sigma = torch.empty(()).uniform_(0.1, 2.0).item()
-    return image.filter(ImageFilter.GaussianBlur(sigma))
-
-
-class MultiCrop:
-    """image -> ((2, 3, size, size), (local_crops, 3, small, small)), uint8: DINO's augmentation.
-
-    Unlike DINO we blur only crops of 96 px or more: on smaller ones a blur erases what there is to
-    see (SimCLR leaves it out on CIFAR). drawn: the images are `Shapes`. Two crops of one image
-    share its colours and the direction of its gratings, and a network would learn nothing else;
-    so hues and angles are drawn anew for each crop.
-    """
-
-    def __init__(self, size: int, small: int, local_crops: int, split: float, drawn: bool):
-        self.drawn = drawn
-        self.first = self.crop(size, (split, 1.0), blur=1.0, solarize=0.0)
-        self.second = self.crop(size, (split, 1.0), blur=0.1, solarize=0.2)
-        self.local = self.crop(small, (split / 5, split), blur=0.5, solarize=0.0)
-        self.small, self.local_crops = small, local_crops
-
-    def crop(
-        self, size: int, scale: tuple[float, float], blur: float, solarize: float
-    ) -> v2.Transform:
-        steps = [
-            v2.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC),
-            v2.RandomHorizontalFlip(),
-            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.5 if self.drawn else 0.1)], p=0.8),
-            v2.RandomGrayscale(0.2),
-        ]
-        if self.drawn:
-            steps.insert(0, v2.RandomRotation(180, InterpolationMode.BILINEAR))
-        if size >= 96:
-            steps.append(v2.RandomApply([v2.Lambda(blurred)], p=blur))
-        return v2.Compose([*steps, v2.RandomSolarize(128, p=solarize), v2.PILToTensor()])
-
-    def __call__(self, image: Image.Image | Tensor) -> tuple[Tensor, Tensor]:
-        if self.drawn:  # on images this small Pillow is several times as fast as tensors
-            image = v2.functional.to_pil_image(image)
-        global_crops = torch.stack([self.first(image), self.second(image)])
-        local_crops = global_crops.new_zeros(self.local_crops, 3, self.small, self.small)
-        for i in range(self.local_crops):
-            local_crops[i] = self.local(image)
-        return global_crops, local_crops
 
 
 # --------------------------------------------------------------------------------------------------
@@ -472,6 +425,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, source: dict | None
     if args.checkpoint_activations:
         processes.checkpoint_activations_(backbone)
     target_network = torch.compile(teacher) if args.compile else teacher
+    recolour = torch.compile(recoloured) if args.compile else recoloured
 
     run = Run(
         args,
@@ -505,16 +459,17 @@ def train(args: argparse.Namespace, checkpoint: dict | None, source: dict | None
     warned = {None}
     for epoch in run.epochs():
         student.train()
-        for (global_crops, local_crops), _ in run.steps(loader):
+        for batch, _ in run.steps(loader):
             # Functions of the global step, set by hand: nothing to resume.
             now = scheduled(run.global_step, run.total_steps, run.warmup_steps, args)
             decayed, plain = optimizer.param_groups
             decayed["lr"] = plain["lr"] = now["lr"]
             decayed["weight_decay"] = now["weight_decay"]
 
-            crop_groups = [normalise(x) for x in (global_crops, local_crops) if x.numel()]
             step_loss, parts = 0.0, []
-            for crops in processes.micro_batches(network, args.grad_accum, *crop_groups):
+            for *groups, changes in processes.micro_batches(network, args.grad_accum, *batch):
+                groups = zip(groups, changes.split([2, args.local_crops], dim=1))
+                crops = [normalise(recolour(x, change)) for x, change in groups if x.numel()]
                 with autocast(device, args.amp):
                     with torch.no_grad():  # the teacher learns by averaging, not by gradients
                         features, teacher_logits = target_network(crops[0])  # global crops only

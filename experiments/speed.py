@@ -5,7 +5,7 @@
     python experiments/speed.py soap          a step of our SOAP and of pytorch-optimizer's
     python experiments/speed.py init          the paper's init with one SVD per block, or per head
     python experiments/speed.py dino          a DINO step with one pass per resolution, or per crop
-    python experiments/speed.py loading       JPEGs through support/data.py, or torchvision alone
+    python experiments/speed.py loading       JPEGs through our transforms, or the customary ones
     python experiments/speed.py checkpoint    writing a checkpoint, or as many bytes plainly
 
 Each prints median times, and the ratio of two times in one turn: its median and its quartiles.
@@ -23,6 +23,7 @@ from statistics import median, quantiles
 
 import torch
 import torch.nn.functional as F
+from PIL import ImageFilter
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -33,10 +34,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from minskip import PRESETS, ViT, conditioned_init_, orthogonal_mlp_weight, value_output_projections
 from soap import SOAP, kept_of
 from support import data
+from support.crops import MultiCrop, recoloured
 from support.errors import errors_in_one_line
 from support.files import load_checkpoint, save_checkpoint, write_atomically
 from support.flags import COUNT, WORKERS, Parser, checked
-from support.processes import autocast, start_processes, uses_bf16
+from support.processes import autocast, on_device, start_processes, uses_bf16
 from support.shapes import draw_shapes
 
 REPEATS = checked(int, lambda x: x >= 2, "be at least 2, because ratios have quartiles")
@@ -226,41 +228,71 @@ def draw_photographs(root: Path, count: int) -> None:
         image.save(root / f"train/0/{number}.jpg", quality=90)
 
 
-def loading(p: Parser) -> None:
-    """Times loading and augmenting JPEGs: support/data.py against the customary transforms.
-
-    The images are drawn here, as large as photographs, 500 x 375 px, and cropped to 224 px.
-    Customary workers do everything up to normalised floats. Ours send uint8, and the device
-    normalises, which saves nothing where it is a CPU; so ours is timed without that and with it.
-    """
-    p.add_argument("--images", type=COUNT, default=256, help="images per pass [256]")
-    p.add_argument("--workers", type=WORKERS, default=2, help="processes that load [2]")
-    p.add_argument("--repeats", type=REPEATS, default=6, help="passes to time each way [6]")
-    args = p.parse_args(sys.argv[2:])
-    batch = min(32, args.images)
-    customary = v2.Compose([
-        v2.RandomResizedCrop(224, interpolation=InterpolationMode.BICUBIC),
-        v2.RandomHorizontalFlip(), v2.RandAugment(),
+def customary_crop(size: int, *colours: v2.Transform, scale=(0.08, 1.0)) -> v2.Compose:
+    """A transform from image to normalised floats, as published training code composes it."""
+    return v2.Compose([
+        v2.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC),
+        v2.RandomHorizontalFlip(), *colours,
         v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.MEAN, data.STD),
-        v2.RandomErasing(p=0.25),
     ])  # fmt: skip
+
+
+def customary_multicrop() -> Callable:
+    """DINO's augmentation with everything done in the loader process, as in its published code."""
+
+    def crop(size: int, scale: tuple[float, float], blur: float, solarize: float) -> v2.Compose:
+        jitter, soft = v2.ColorJitter(0.4, 0.4, 0.2, 0.1), ImageFilter.GaussianBlur(1.05)
+        return customary_crop(
+            size, v2.RandomApply([jitter], p=0.8), v2.RandomGrayscale(0.2),
+            v2.RandomApply([v2.Lambda(lambda image: image.filter(soft))], p=blur),
+            v2.RandomSolarize(128, p=solarize), scale=scale,
+        )  # fmt: skip
+
+    first, second = crop(224, (0.25, 1.0), 1.0, 0.0), crop(224, (0.25, 1.0), 0.1, 0.2)
+    crops = [first, second, *[crop(96, (0.05, 0.25), 0.5, 0.0)] * 8]
+    return lambda image: [crop(image) for crop in crops]
+
+
+def loading(p: Parser) -> None:
+    """Times loading and augmenting JPEGs for both trainers: ours against the customary transforms.
+
+    The images are drawn here, as large as photographs, 500 x 375 px; labels take one crop of 224
+    px, DINO two of 224 and eight of 96. Customary loader processes do everything, up to normalised
+    floats. Ours send uint8 crops, of DINO's also how to change their colours, and leave the rest to
+    the device. The last line is of that rest, on this device.
+    """
+    p.add_argument("--images", type=COUNT, default=64, help="images per pass [64]")
+    p.add_argument("--workers", type=WORKERS, default=0, help="processes that load [0: this one]")
+    p.add_argument("--repeats", type=REPEATS, default=6, help="passes to time each way [6]")
+    p.add_argument("--device", **DEVICE)
+    args = p.parse_args(sys.argv[2:])
+    device, _, _ = start_processes(args.device)
+    size, few = min(32, args.images), 8
+    labels = customary_crop(224, v2.RandAugment()).transforms
+    ways = {
+        "labels": (data.augmentations(224, drawn=False)[0], [*labels, v2.RandomErasing(p=0.25)]),
+        "DINO": (MultiCrop(224, 96, few, 0.25, drawn=False), [customary_multicrop()]),
+    }
     with tempfile.TemporaryDirectory() as root:
         draw_photographs(Path(root), args.images)
-        train = data.image_folder(root, "train")
-        to_train, _ = data.augmentations(224, drawn=False)
-        batches = data.Batches(len(train), batch, 0, shuffle=True)
-        ours = data.make_loader(train, to_train, batches, args.workers, torch.device("cpu"))
-        options = dict(num_workers=args.workers, persistent_workers=args.workers > 0)
-        theirs = ImageFolder(f"{root}/train", customary)
-        theirs = DataLoader(theirs, batch, shuffle=True, drop_last=True, **options)
-        ways = dict(
-            ours=lambda: [images for images, _ in ours],
-            normalised=lambda: [data.normalise(images) for images, _ in ours],
-            customary=lambda: [images for images, _ in theirs],
-        )
-        times = in_turns(ways, args.repeats)
-    title = f"{len(train) // batch * batch} JPEGs of 500 x 375 px, {args.workers} workers"
-    report(title, times, ("customary", "ours"), ("customary", "normalised"))
+        train = data.image_folder(root, "train", image_size=224)
+        batches = data.Batches(len(train), size, 0, shuffle=True)
+        count = len(batches) * size
+        for name, (transform, customary) in ways.items():
+            ours = data.make_loader(train, transform, batches, args.workers, device)
+            theirs = ImageFolder(f"{root}/train", v2.Compose(customary))
+            options = dict(num_workers=args.workers, persistent_workers=args.workers > 0)
+            theirs = DataLoader(theirs, size, shuffle=True, drop_last=True, **options)
+            passes = dict(ours=partial(list, ours), customary=partial(list, theirs))
+            times = in_turns(passes, args.repeats)
+            report(f"{name}, {count} JPEGs, {args.workers} workers", times, ("customary", "ours"))
+            rates = ", ".join(f"{way} {count / median(x):.0f}" for way, x in times.items())
+            print(f"       images/s: {rates}")
+        [(large, small, changes), _] = on_device(next(iter(ours)), device)
+    of_large, of_small = changes.split([2, few], dim=1)
+    rest = {"large crops": partial(recoloured, large, of_large)}
+    rest["small crops"] = partial(recoloured, small, of_small)
+    report(f"DINO's colours, {size} images on {device}", in_turns(rest, args.repeats))
 
 
 def checkpoint(p: Parser) -> None:

@@ -158,7 +158,8 @@ def sharing_state(groups: list[dict], optimizer: type[Optimizer], **settings) ->
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return optimizer(groups, **settings)
-    shared = ZeroRedundancyOptimizer(groups, optimizer, **settings)
+    # In buckets, or each of 150 parameters would be a message of its own in every step.
+    shared = ZeroRedundancyOptimizer(groups, optimizer, parameters_as_bucket_view=True, **settings)
     # Otherwise it keeps a second copy of the state that the optimizer inside it has loaded.
     shared.register_load_state_dict_post_hook(lambda shared: shared.state.clear())
     return shared

@@ -51,10 +51,11 @@ TWICE = "--checkpoint-activations"
         (train_cls, "--skipless --attention shaped --norm dyt --activation tat --depth 1", 1),
         (train_cls, f"--skipless --attention u-spa --norm derf {TWICE}", 1),
         (train_cls, "--skipless --attention e-spa --norm none --activation tat", 1),
-        # one for the student, one for the teacher, in which nothing is saved
-        (train_ssl, f"--skipless --init identity --depth 1 {TWICE}", 2),
+        # two for the colours of large and small crops, one for the student, one for the teacher, in
+        # which nothing is saved
+        (train_ssl, f"--skipless --init identity --depth 1 {TWICE}", 4),
         # and the student's again, once the grid of the small crops is known
-        (train_ssl, f"--skipless --attention e-spa --depth 1 --image-size 32 {TWICE}", 3),
+        (train_ssl, f"--skipless --attention e-spa --depth 1 --image-size 32 {TWICE}", 5),
     ],
 )
 def test_a_compiled_run(script, words, number, graphs, float64_sgd, tmp_path, monkeypatch):

@@ -315,7 +315,9 @@ def test_images_are_normalised_by_imagenets_statistics():
 
 def test_the_training_augmentation_is_the_customary_one():
     """Crop, flip, RandAugment of 2 at 9, random erasing of a quarter; filled with the mean."""
-    crop, flip, rand_augment, to_tensor, erasing = augmentations(48, drawn=False)[0].transforms
+    transforms = augmentations(48, drawn=False)[0].transforms
+    to_resize, crop, flip, to_colour, rand_augment, to_tensor, erasing = transforms
+    assert isinstance(to_resize, v2.PILToTensor) and isinstance(to_colour, v2.ToPILImage)
     assert tuple(crop.size) == (48, 48) and tuple(crop.scale) == (0.08, 1.0)
     assert crop.interpolation == InterpolationMode.BICUBIC and flip.p == 0.5
     assert (rand_augment.num_ops, rand_augment.magnitude) == (2, 9)
@@ -325,10 +327,21 @@ def test_the_training_augmentation_is_the_customary_one():
     assert list(rand_augment.fill) == list(erasing.value)
 
 
+def test_loaders_share_the_cores_that_are_granted(monkeypatch):
+    monkeypatch.setattr(
+        data_module.os, "sched_getaffinity", lambda _: set(range(11)), raising=False
+    )
+    assert data_module.cores() == 11
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # as torchrun says
+    assert data_module.cores() == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert data_module.cores() == 1
+
+
 @pytest.mark.parametrize("size, side", [(128, 146), (32, 32)])
 def test_validation_looks_at_the_middle(size, side):
     """Seven eighths of a large image, a small one whole."""
-    resize, crop, _ = augmentations(size, drawn=False)[1].transforms
+    _, resize, crop = augmentations(size, drawn=False)[1].transforms
     assert resize.size == [side] and tuple(crop.size) == (size, size)
     assert resize.interpolation == InterpolationMode.BICUBIC
     image = Image.fromarray(np.arange(200 * 100 * 3, dtype=np.uint8).reshape(100, 200, 3))

@@ -75,6 +75,26 @@ def test_two_processes_gather_features_average_numbers_and_leave_together(tmp_pa
     assert_both_ended(run_two(EXCHANGE, [], tmp_path))
 
 
+COUNTED = """
+import torch.distributed as dist
+import train_cls
+sent, real = [], dist.broadcast
+dist.broadcast = lambda tensor, *rest, **more: sent.append(tensor) or real(tensor, *rest, **more)
+train_cls.SHAPES_TRAIN = train_cls.SHAPES_VAL = 13
+train_cls.main()
+print("sent", len(sent), "with", max(x.numel() for x in sent))
+"""
+
+
+def test_a_step_sends_the_weights_in_few_messages(tmp_path):
+    """Each of two processes sends all that it has updated at once, in the one step of this run."""
+    done = run_two(COUNTED, [*SMALL, "--epochs", 1, "--warmup-epochs", 0, "--out", "run"], tmp_path)
+    assert_both_ended(done)
+    sent, largest = map(int, done[0].stdout.split("sent")[-1].split("with"))
+    weights = sum(x.numel() for x in torch.load(tmp_path / "run/last.pt")["model"].values())
+    assert sent == 2 and largest >= weights / 2
+
+
 UNEVEN = """
 import os, time
 import torch

@@ -23,15 +23,14 @@ from conftest import (
     run_script,
     share_of,
 )
-from PIL import Image
-from torchvision.transforms import v2
 
 import train_ssl
 from beyond.identity_init import COUNTS_ON, NEEDS, identity_init_
 from minskip import PRESETS, ViT
 from support import data, files, knn
-from support.shapes import Shapes, draw_shapes
-from train_ssl import MultiCrop, Network, dino_loss, scheduled, teacher_targets
+from support.crops import MultiCrop, recoloured
+from support.shapes import draw_shapes
+from train_ssl import Network, dino_loss, scheduled, teacher_targets
 
 RUN = [*SMALL, "--prototypes", "32"]
 
@@ -115,73 +114,6 @@ def test_the_head_is_dinos():
     assert torch.allclose(head(x), cosines, atol=1e-5)
 
 
-def recipe_of(crop: v2.Compose) -> dict:
-    """What DINO's augmentation is made of, read off a composed transform."""
-    parts = {type(t).__name__: t for t in crop.transforms if not isinstance(t, v2.RandomApply)}
-    applied = {
-        type(t.transforms[0]).__name__: (t.p, t.transforms[0])
-        for t in crop.transforms
-        if isinstance(t, v2.RandomApply)
-    }
-    jitter_p, jitter = applied["ColorJitter"]
-    return dict(
-        scale=tuple(parts["RandomResizedCrop"].scale),
-        bicubic=parts["RandomResizedCrop"].interpolation == v2.InterpolationMode.BICUBIC,
-        flip=parts["RandomHorizontalFlip"].p,
-        jitter=(jitter_p, *(round(x[1] - 1, 6) for x in (jitter.brightness, jitter.contrast)),
-                round(jitter.saturation[1] - 1, 6), jitter.hue[1]),
-        grey=parts["RandomGrayscale"].p,
-        blur=applied["Lambda"][0] if "Lambda" in applied else None,
-        solarize=(parts["RandomSolarize"].p, parts["RandomSolarize"].threshold),
-    )  # fmt: skip
-
-
-def test_the_augmentation_is_dinos_for_vit_s():
-    """Global crops of .25 .. 1, local ones of .05 .. .25; blur 1 / .1 / .5; solarize the second."""
-    crops = MultiCrop(224, 96, 8, 0.25, drawn=False)
-    common = dict(bicubic=True, flip=0.5, jitter=(0.8, 0.4, 0.4, 0.2, 0.1), grey=0.2)
-    assert recipe_of(crops.first) == common | dict(scale=(0.25, 1), blur=1.0, solarize=(0, 128))
-    assert recipe_of(crops.second) == common | dict(scale=(0.25, 1), blur=0.1, solarize=(0.2, 128))
-    assert recipe_of(crops.local) == common | dict(scale=(0.05, 0.25), blur=0.5, solarize=(0, 128))
-    assert train_ssl.local_size(224, 16) == 96
-    small = MultiCrop(95, 40, 8, 0.25, drawn=False)  # which a blur would erase
-    assert recipe_of(small.first)["blur"] is recipe_of(small.local)["blur"] is None
-
-
-def test_a_blur_is_of_any_width_up_to_two_pixels(monkeypatch):
-    image, filtered = Image.effect_noise((200, 200), 80).convert("RGB"), []
-    torch.manual_seed(0)
-    assert blur_strength(image, train_ssl.blurred(image)) > 2
-    monkeypatch.setattr(train_ssl.ImageFilter, "GaussianBlur", filtered.append)
-    monkeypatch.setattr(Image.Image, "filter", lambda *_: None)
-    for _ in range(500):
-        train_ssl.blurred(image)
-    assert [min(filtered), sum(filtered) / 500, max(filtered)] == pytest.approx(
-        [0.1, 1.05, 2.0], abs=0.07
-    )
-
-
-def blur_strength(before: Image.Image, after: Image.Image) -> float:
-    spread = [v2.functional.pil_to_tensor(image).float().std().item() for image in (before, after)]
-    return spread[0] / spread[1]
-
-
-def test_crops_have_their_sizes_and_their_own_transform():
-    crops = MultiCrop(32, 16, local_crops=3, split=0.5, drawn=False)
-    large, few = crops(Image.new("RGB", (40, 30)))
-    assert large.shape == (2, 3, 32, 32) and few.shape == (3, 3, 16, 16)
-    assert large.dtype == few.dtype == torch.uint8
-    crops.first, crops.second, crops.local = (
-        lambda image, value=value, side=side: torch.full((3, side, side), value).byte()
-        for value, side in ((1, 32), (2, 32), (3, 16))
-    )
-    large, few = crops(Image.new("RGB", (40, 30)))
-    assert large[0].unique().tolist() == [1] and large[1].unique().tolist() == [2]
-    assert few.unique().tolist() == [3]
-    large, few = MultiCrop(32, 16, 0, 0.5, drawn=True)(torch.zeros(3, 32, 32).byte())
-    assert few.shape == (0, 3, 16, 16)
-
-
 class Enough(Exception):
     """Ends a run once a test has seen what it came for."""
 
@@ -206,19 +138,9 @@ def test_the_demo_s_images_and_crops(words, size, small, tmp_path, monkeypatch):
     for (images, labels), split in zip(map(next, map(iter, loaders)), ("train", "val")):
         drawn = draw_shapes(list(range(256)), size, split)
         assert torch.equal(images, drawn[0]) and torch.equal(labels, drawn[1])
-    large, few = crop(sets[0][0][0])
+    large, few, _ = crop(sets[0][0][0])
     assert large.shape == (2, 3, size, size) and few.shape == (4, 3, small, small)
-    for part, scale in ((crop.first, (0.5, 1)), (crop.second, (0.5, 1)), (crop.local, (0.1, 0.5))):
-        assert part.transforms[0].degrees == [-180, 180]
-        recipe = recipe_of(part)
-        assert recipe["scale"] == scale and recipe["jitter"] == (0.8, 0.4, 0.4, 0.2, 0.5)
-
-
-def test_crops_are_made_of_their_seed():
-    crops = data.Seeded(Shapes("train", 4), MultiCrop(32, 16, 2, 0.5, drawn=True))
-    (first, _), (again, _), (other, _) = (crops.__getitems__([(1, seed)])[0] for seed in (7, 7, 8))
-    assert all(torch.equal(a, b) for a, b in zip(first, again))
-    assert not torch.equal(first[0], other[0])
+    assert crop.drawn and crop.to_local.transforms[1].scale == (0.1, 0.5)
 
 
 def test_schedules_start_and_end_where_dino_puts_them():
@@ -287,7 +209,12 @@ def crops_of(root, epoch: int, step: int, local_crops: int):
     ):
         torch.manual_seed(seed)
         out.append(crops(folder[index][0]))
-    return [data.normalise(torch.stack(images)) for images in zip(*out) if images[0].numel()]
+    *groups, changes = map(torch.stack, zip(*out))
+    return [
+        data.normalise(recoloured(images, change))
+        for images, change in zip(groups, (changes[:, :2], changes[:, 2:]))
+        if images.numel()
+    ]
 
 
 def half_cosine(first, last, progress):
