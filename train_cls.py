@@ -250,11 +250,11 @@ def lr_at(step: int, steps: int, warmup: int, peak: float) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader, device: torch.device, amp: str) -> dict[str, float]:
+def evaluate(model: nn.Module, batches, device: torch.device, amp: str) -> dict[str, float]:
     """Mean cross-entropy, and top-1 and top-5 accuracy in percent, over all processes' images."""
     model.eval()
     totals = torch.zeros(4, device=device)  # images, loss, top-1 hits, top-5 hits
-    for images, labels in processes.progress(loader, "val"):
+    for images, labels in batches:
         images, labels = processes.on_device([images, labels], device)
         with autocast(device, amp):
             logits = model(normalise(images)).float()
@@ -277,7 +277,8 @@ def evaluate_checkpoint(args: argparse.Namespace, checkpoint: dict) -> None:
     val_set = validation_set(args)
     check_classes(args, val_set, checkpoint)
     loader = validation_loader(val_set, args, device, rank, world)
-    result = evaluate(trained_vit(checkpoint).to(device), loader, device, args.amp)
+    batches = processes.progress(loader, "val")
+    result = evaluate(trained_vit(checkpoint).to(device), batches, device, args.amp)
     say(
         f"top-1 {result['top1']:.1f} %  top-5 {result['top5']:.1f} %  "
         f"({args.eval}, epoch {checkpoint['epoch']})"
@@ -366,7 +367,8 @@ def train(args: argparse.Namespace, checkpoint: dict | None, source: dict | None
                 with torch.no_grad():
                     torch._foreach_lerp_(averaged, parameters, 1 - decay)
 
-        row = run.end_epoch(**evaluate(ema or model, val_loader, device, args.amp), lr=lr)
+        result = evaluate(ema or model, run.measuring(val_loader), device, args.amp)
+        row = run.end_epoch(**result, lr=optimizer.param_groups[0]["lr"])
         say(
             f"epoch {epoch + 1:3d}  loss {row['loss']:.3f}  val loss {row['val_loss']:.3f}  top-1 "
             f"{row['top1']:.1f} %  top-5 {row['top5']:.1f} %  {row['images_per_s']:.0f} images/s"

@@ -453,7 +453,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, source: dict | None
     if not to_measure:
         say(f"k-NN    off: {args.data} has no val/ with two classes or more to measure on")
     elif not run.history and len(train_set) <= SMALL_SET:
-        knn = knn_accuracy(teacher.backbone, *to_measure, device, args.amp)
+        knn = knn_accuracy(teacher.backbone, *map(run.measuring, to_measure), device, args.amp)
         run.history.append(dict(epoch=0, knn=knn))
         say(f"epoch   0  k-NN {knn:.1f} % before training")
     warned = {None}
@@ -495,8 +495,11 @@ def train(args: argparse.Namespace, checkpoint: dict | None, source: dict | None
                 centre.lerp_(processes.mean_over_processes(batch_centre), 1 - CENTRE_MOMENTUM)
 
         due = to_measure and ((epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs)
-        knn = knn_accuracy(teacher.backbone, *to_measure, device, args.amp) if due else None
-        row = run.end_epoch(knn=knn, lr=now["lr"], momentum=now["momentum"])
+        knn = None
+        if due:
+            knn = knn_accuracy(teacher.backbone, *map(run.measuring, to_measure), device, args.amp)
+        last = scheduled(run.global_step - 1, run.total_steps, run.warmup_steps, args)
+        row = run.end_epoch(knn=knn, lr=last["lr"], momentum=last["momentum"])
         say(
             f"epoch {epoch + 1:3d}  loss {row['loss']:.3f}  teacher entropy "
             f"{row['teacher_entropy']:.2f} of {math.log(args.prototypes):.2f}  feature std "

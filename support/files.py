@@ -19,7 +19,7 @@ except ImportError:  # on Windows
 
 from support.errors import UserError
 
-FORMAT = "minskip-6"
+FORMAT = "minskip-7"
 
 
 def write_atomically(path: Path, write: Callable[[Path], None], needed: bool = True) -> None:
@@ -122,6 +122,10 @@ def save_checkpoint(path: Path, content: dict) -> None:
 def load_checkpoint(path: str, script: str | None = None) -> dict:
     """What `save_checkpoint` wrote, on the CPU, and "path".
 
+    The tensors are views of the file, read where they are used: so the processes of a run do not
+    each hold all of SOAP's state. What is written into them stays in this process, and
+    `save_checkpoint` gives its new file the old one's name, which leaves the old one as it is.
+
     script: the script that must have written it; None accepts any. Raises UserError for a file
     that is missing, damaged, of another program or version, or of another script.
     """
@@ -133,7 +137,8 @@ def load_checkpoint(path: str, script: str | None = None) -> dict:
         # torch.load does not test the checksums that torch.save writes; zipfile does (2 s a GB)
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        how = dict(map_location="cpu", weights_only=True, mmap=True)
+        content = None if damaged else torch.load(path, **how)
     except MemoryError:
         raise
     except Exception as error:  # a file of another kind may raise anything

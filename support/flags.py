@@ -68,6 +68,9 @@ COMMON = dict(
     init_from=(None, None, NAME,
         "start from the network and weights of this checkpoint, of either trainer, with a fresh "
         "head where the classes are others; how to train is not taken from it"),
+    save_every=(10, 10, NOT_NEGATIVE,
+        "minutes between two checkpoints, which are written at the end of an epoch; 0: each epoch; "
+        "those of the run's first and last epoch, and of one that is interrupted, always are"),
     resume=(None, None, NAME,
         "continue the run of this checkpoint with its settings, on the CPU exactly to the bit; a "
         "larger --epochs prolongs it"),
@@ -77,7 +80,7 @@ COMMON = dict(
 # last, up to rounding.
 FREE_TO_CHANGE = {
     "data", "out", "device", "workers", "compile", "checkpoint_activations", "resume", "eval",
-    "grad_accum",
+    "grad_accum", "save_every",
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from minskip import ViT
 from support.data import normalise
-from support.processes import autocast, mean_over_processes, on_device, progress
+from support.processes import autocast, mean_over_processes, on_device
 
 
 @torch.no_grad()
@@ -31,11 +31,11 @@ def knn_classify(
 
 
 @torch.no_grad()
-def features_of(model: ViT, loader, device: torch.device, amp: str) -> tuple[Tensor, Tensor]:
+def features_of(model: ViT, batches, device: torch.device, amp: str) -> tuple[Tensor, Tensor]:
     """The pooled features of a data set, (image, dim), of unit length, and its labels, (image,)."""
     model.eval()
     features, labels = [], []
-    for images, classes in progress(loader, "k-NN features"):
+    for images, classes in batches:
         images, classes = on_device([images, classes], device)
         with autocast(device, amp):
             features.append(model(normalise(images)).float())
@@ -56,10 +56,10 @@ def gathered(x: Tensor) -> Tensor:
     return torch.cat([part[: int(n)] for part, n in zip(parts, lengths)])
 
 
-def knn_accuracy(model: ViT, train_loader, val_loader, device: torch.device, amp: str) -> float:
+def knn_accuracy(model: ViT, train_batches, val_batches, device: torch.device, amp: str) -> float:
     """Top-1 accuracy on the validation images in percent, with the training images as the bank."""
-    bank, bank_labels = (gathered(x) for x in features_of(model, train_loader, device, amp))
-    queries, labels = features_of(model, val_loader, device, amp)
+    bank, bank_labels = (gathered(x) for x in features_of(model, train_batches, device, amp))
+    queries, labels = features_of(model, val_batches, device, amp)
     hits = (knn_classify(bank, bank_labels, queries) == labels).sum()
     counts = mean_over_processes(torch.stack([hits, torch.full_like(hits, len(labels))]).double())
     return (100 * counts[0] / counts[1]).item()

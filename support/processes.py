@@ -97,9 +97,9 @@ def start_processes(device_name: str) -> tuple[torch.device, int, int]:
     if not launched_by_torchrun():
         return device, 0, 1
     # The others wait while the first process checks the images, which may take minutes.
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     try:
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
+        dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=own)
     except (ValueError, RuntimeError) as error:  # a variable that torchrun would have set
         raise UserError(
             f"RANK and MASTER_ADDR are set, but these processes cannot meet ({error}); start them "
@@ -139,6 +139,14 @@ def mean_over_processes(x: Tensor) -> Tensor:
     return x / dist.get_world_size()
 
 
+def max_over_processes(number: float, device: torch.device) -> float:
+    if not dist.is_initialized():
+        return number
+    x = torch.tensor(number, dtype=torch.float64, device=device)
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x.item()
+
+
 def averaging_gradients(network: nn.Module, device: torch.device) -> nn.Module:
     """The network, with gradients averaged over the processes where there are several.
 
@@ -165,6 +173,11 @@ def sharing_state(groups: list[dict], optimizer: type[Optimizer], **settings) ->
     return shared
 
 
+def moved(state: dict, device: torch.device | str) -> dict:
+    """One parameter's state, its tensors on the device; "meta" leaves only what they are like."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in state.items()}
+
+
 def whole_state(x: Tensor | nn.Module | Optimizer) -> Tensor | dict:
     """What a checkpoint keeps of x. Of an optimizer with shared state the first process gets all
     parts, as one process would have kept them; the others get only their own.
@@ -176,16 +189,26 @@ def whole_state(x: Tensor | nn.Module | Optimizer) -> Tensor | dict:
     if not isinstance(x, ZeroRedundancyOptimizer):
         return x.state_dict()
     params = [p for group in x.param_groups for p in group["params"]]
-    parts = {}
-    for i, p in enumerate(params):
-        if state := x.optim.state.get(p):
-            parts[i] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
+    device, mine = params[0].device, [i for i, p in enumerate(params) if x.optim.state.get(p)]
+    there = "cpu" if main_process() else device
+    parts = {i: moved(x.optim.state[params[i]], there) for i in mine}
     for rank in range(1, dist.get_world_size()):
         if dist.get_rank() == rank:
-            dist.send_object_list([parts], 0)
+            # Shapes first, then the tensors as they are: to pickle gigabytes would take too long.
+            dist.send_object_list([{i: moved(state, "meta") for i, state in parts.items()}], 0)
+            for state in parts.values():
+                for v in state.values():
+                    if isinstance(v, Tensor):
+                        dist.send(v.contiguous(), 0)
         elif main_process():
             received = [None]
             dist.recv_object_list(received, rank)
+            for state in received[0].values():
+                for name, v in state.items():
+                    if isinstance(v, Tensor):
+                        buffer = torch.empty(v.shape, dtype=v.dtype, device=device)
+                        dist.recv(buffer, rank)
+                        state[name] = torch.empty_like(v, device="cpu").copy_(buffer)  # v's strides
             parts |= received[0]
     groups = Optimizer.state_dict(x)["param_groups"]
     return dict(state=dict(sorted(parts.items())), param_groups=groups)

@@ -5,7 +5,7 @@ import math
 import signal
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from support.errors import UserError
 from support.memory import say_memory
 from support.processes import (
     main_process,
+    max_over_processes,
     mean_over_processes,
     on_device,
     progress,
@@ -25,6 +26,8 @@ from support.processes import (
     uses_bf16,
     whole_state,
 )
+
+LOOK_EVERY = 2  # seconds between two looks whether to stop: torchrun kills 30 s after SIGTERM
 
 
 class Run:
@@ -35,7 +38,7 @@ class Run:
                 ...                                  # forward, loss, backward
                 run.add(loss=loss, grad_norm=norm)   # for the log; ends the run if not finite
                 optimizer.step()
-            run.end_epoch(**evaluate(...))           # log, picture, checkpoint
+            run.end_epoch(**evaluate(model, run.measuring(loader)))  # log, picture, checkpoint
 
     Args:
         args: the settings of the run.
@@ -73,9 +76,11 @@ class Run:
         )  # fmt: skip
         self.epoch = self.step = 0
         self.seconds, self.history, self.sums = 0.0, [], {}
+        self.rate = 0.0  # images per second
         self.silent = True  # nothing was said of the training yet
+        self.saved, self.saved_at = None, -math.inf  # (epoch, step), and when
         # Reading a number from the GPU waits for all its work, so there we do it only now and then.
-        self.read_every = 1 if device.type == "cpu" else 20
+        self.rarest = 1 if device.type == "cpu" else 20
         self.total_steps = args.epochs * len(batches)
         self.warmup_steps = round(args.warmup_epochs * len(batches))
         if self.warmup_steps >= self.total_steps:
@@ -116,36 +121,51 @@ class Run:
             if left:
                 self.leave_if_asked()
 
-    def reads_after(self, step: int) -> bool:
-        """Whether numbers are read from the device after this step of the epoch."""
-        return step % self.read_every == 0 or step == len(self.batches)
-
     def steps(self, loader: DataLoader) -> Iterator[list]:
         title = f"epoch {self.epoch + 1}/{self.args.epochs}"
         bar = progress(loader, title, total=len(self.batches), initial=self.step)
-        bar = progress(loader, title, total=len(self.batches), initial=self.step)
-        for batch in bar:
+        for batch in self.watched(bar, len(self.batches) - self.step):
             numbers = STEP, self.args.seed, self.epoch, self.step, self.batches.rank
             torch.manual_seed(mixed_seeds(1, *numbers)[0])  # for MixUp, CutMix and drop-path
             yield on_device(batch, self.device)
             self.step += 1
-            if self.reads_after(self.step):
+            if self.reading:
                 bar.set_postfix(loss=f"{self.sums['loss'].item() / self.step:.3f}")
-                if self.step < len(self.batches):
-                    self.leave_if_asked()
             seconds = time.time() - self.epoch_started
             if bar.disable and self.silent and seconds > 30:  # who reads a log file sees no bar
                 self.silent = False
                 minutes = seconds * len(self.batches) / (self.step - self.batches.first) / 60
                 loss = self.sums["loss"].item() / self.step
                 say(f"{title}, step {self.step}: loss {loss:.3f}, {minutes:.1f} minutes an epoch")
-        self.steps_ended = time.time()
+        if made := self.step - self.batches.first:  # none, if it was stopped during the evaluation
+            self.rate = made * self.batches.batch_size / (time.time() - self.epoch_started)
+
+    def measuring(self, loader: DataLoader) -> Iterator[list]:
+        """The batches of an evaluation, which a signal interrupts as it does the training."""
+        return self.watched(progress(loader, "measuring"), len(loader))
+
+    def watched(self, batches: Iterable, total: int) -> Iterator:
+        """Batches, and every few seconds a look whether to stop, in all processes after the same.
+
+        `reading` is true with those after which it looks, and with the last one. total: of batches;
+        an evaluation's last one may be too small to give each process a part.
+        """
+        due, looked, then = 1, 0, time.time()
+        for number, batch in enumerate(batches, start=1):
+            self.reading = number in (due, total)
+            yield batch
+            if number == due < total:
+                self.leave_if_asked()
+                seconds = (time.time() - then) / (number - looked)  # one batch takes
+                seconds = max_over_processes(seconds, self.device)
+                wait = int(LOOK_EVERY / max(seconds, 1e-3))
+                due, looked, then = number + max(1, min(wait, self.rarest)), number, time.time()
 
     def add(self, **numbers: Tensor) -> None:
         """Add a step's numbers to the epoch's sums. Call it before the optimizer's step."""
         for name, x in numbers.items():
             self.sums[name] = self.sums.get(name, 0) + x.detach()
-        if self.reads_after(self.step + 1):
+        if self.reading:
             # the sums of all processes, because they must leave together
             sums = mean_over_processes(torch.stack(list(self.sums.values()))).tolist()
             for name, value in zip(self.sums, sums):
@@ -154,20 +174,21 @@ class Run:
 
     def end_epoch(self, **measured: float | None) -> dict:
         """Write log, picture and checkpoint of an epoch. Returns its row of the log."""
-        images = (self.step - self.batches.first) * self.batches.batch_size
-        rate = images / (self.steps_ended - self.epoch_started)
         minutes = (self.seconds + time.time() - self.started) / 60
         row = dict(epoch=self.epoch + 1)
         row |= {k: mean_over_processes(x).item() / self.step for k, x in self.sums.items()}
-        row |= measured | dict(images_per_s=round(rate, 1), minutes=round(minutes, 3))
+        row |= measured | dict(images_per_s=round(self.rate, 1), minutes=round(minutes, 3))
         self.history.append(row)
         self.epoch, self.step, self.sums, self.silent = self.epoch + 1, 0, {}, False
-        self.write()
+        # The log may run ahead of the checkpoint: a resumed run begins by cutting it to its own rows.
+        minutes = max_over_processes(time.time() - self.saved_at, self.device) / 60
+        self.write(save=self.epoch == self.args.epochs or minutes >= self.args.save_every)
         return row
 
-    def write(self) -> None:
-        """Write all files of the folder, for the epochs so far."""
-        self.save()
+    def write(self, save: bool = True) -> None:
+        """Write the files of the folder, for the epochs so far; the checkpoint only if `save`."""
+        if save:
+            self.save()
         if main_process() and self.history:
             files.write_log(self.out / "log.jsonl", self.history)
             curves = self.out / "curves.png"
@@ -184,18 +205,17 @@ class Run:
 
     def leave_if_asked(self) -> None:
         """After Ctrl-C or SIGTERM save, unless that was just done, and raise KeyboardInterrupt."""
-        number = torch.tensor(self.signal, device=self.device)
-        if dist.is_initialized():  # all leave at the same step, or some would wait for the others
-            dist.all_reduce(number, dist.ReduceOp.MAX)
+        # All leave at the same place, or some would wait for the others.
+        number = int(max_over_processes(self.signal, self.device))
         if not number:
             return
-        if self.step:
+        if self.saved != (self.epoch, self.step):
             self.save()
         where = f"epoch {self.epoch + 1}, step {self.step}"
         say(f"stopped at {where}; continue with --resume {self.out / 'last.pt'}")
         if dist.is_initialized():
             dist.barrier()  # torchrun ends all processes when the first one leaves: save before
-        raise KeyboardInterrupt(int(number))
+        raise KeyboardInterrupt(number)
 
     def break_off(self, problem: str) -> None:
         """End a run that has gone wrong; the last checkpoint was good and stays."""
@@ -216,11 +236,11 @@ class Run:
         if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
             self.break_off("a weight is not finite")
         states = {k: whole_state(x) for k, x in self.kept.items()}
-        if not main_process():
-            return
         place = dict(epoch=self.epoch, step=self.step, sums=sums, history=self.history)
-        place |= dict(seconds=self.seconds + time.time() - self.started)
-        files.save_checkpoint(self.out / "last.pt", self.facts | states | place)
+        place |= dict(seconds=self.seconds + time.time() - self.started, rate=self.rate)
+        if main_process():
+            files.save_checkpoint(self.out / "last.pt", self.facts | states | place)
+        self.saved, self.saved_at = (self.epoch, self.step), time.time()
 
     def restore(self, checkpoint: dict) -> None:
         had, has = checkpoint["images"], self.facts["images"]
@@ -246,6 +266,7 @@ class Run:
                     x.load_state_dict(checkpoint[name])
             self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
             self.seconds, self.history = checkpoint["seconds"], checkpoint["history"]
+            self.rate = checkpoint["rate"]
             sums = checkpoint["sums"].items()
             self.sums = {name: torch.tensor(x, device=self.device) for name, x in sums}
         except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -44,13 +44,14 @@ FIRST_STEP = {
     "variants.py e_spa": "a block's D and B, kept from then on",
     "soap.py eigenbasis": "the exact eigenbases; later ones are refreshed by QR",
 }
-# ... and in those that read numbers: each twentieth (here each second), and the last of an epoch.
+# ... and in those that read numbers: of an epoch the first, then about one in two seconds (here each
+# second step), and the last.
 READING_STEP = {
     "run.py add": "the sums, because a run that is not finite ends",
     "run.py steps": "the loss, for the progress bar",
-    "run.py leave_if_asked": "whether any process has received a signal",
 }
-READ_EVERY = 2
+STEPS = 4  # of each epoch
+READING = {0, 2, 3}
 
 
 def caller() -> str:
@@ -197,7 +198,7 @@ def cuda(monkeypatch) -> Iterator[FakeCuda]:
     mode, real_steps, real_save = FakeCuda(), Run.steps, files.save_checkpoint
 
     def steps(run, loader):
-        run.read_every = READ_EVERY
+        run.rarest = 2
         for mode.step, batch in enumerate(real_steps(run, loader)):
             yield batch
         mode.step = None
@@ -206,6 +207,7 @@ def cuda(monkeypatch) -> Iterator[FakeCuda]:
         real_save(path, tree_map_only(FakeTensor, mode.made_up, content))
 
     monkeypatch.setattr(Run, "steps", steps)
+    monkeypatch.setattr("support.run.LOOK_EVERY", 1e9)
     monkeypatch.setattr(files, "save_checkpoint", save)
     caches = data.channel_statistics, u_spa, e_spa
     for cache in caches:
@@ -219,16 +221,16 @@ def cuda(monkeypatch) -> Iterator[FakeCuda]:
         cache.cache_clear()
 
 
-STEPS = 4  # of each epoch: numbers are read in the second and in the last
 RUN = [*SMALL, "--depth", 1, "--device", "cuda", "--epochs", 1, "--warmup-epochs", 0.5]
 
 
 def check_waits(cuda: FakeCuda) -> None:
     for step, waits in cuda.waits.items():
-        allowed = FIRST_STEP if step == 0 else READING_STEP if step in (1, 3) else {}
+        allowed = FIRST_STEP if step == 0 else {}
+        allowed = allowed | READING_STEP if step in READING else allowed
         others = [wait for wait in waits if wait.split(":")[0] not in allowed]
         assert not others, f"in step {step} the host waits for the GPU: {others}"
-    for step in (1, 3):  # they are noticed
+    for step in READING:  # they are noticed
         assert {"run.py add", "run.py steps"} <= {x.split(":")[0] for x in cuda.waits[step]}
 
 

@@ -62,7 +62,7 @@ mine = torch.tensor([1.0 + 4 * rank, 5.0])
 assert processes.mean_over_processes(mine).tolist() == [3, 5]
 assert mine.tolist() == [1 + 4 * rank, 5]
 problems = []
-noted = dict(sums={}, step=0, reads_after=lambda step: True, break_off=problems.append)
+noted = dict(sums={}, step=0, reading=True, break_off=problems.append)
 Run.add(argparse.Namespace(**noted), loss=torch.tensor(math.nan if rank else 1.0))
 assert problems == ["the loss is nan"]
 processes.end_processes()

@@ -182,13 +182,16 @@ def test_the_slurm_script_starts_a_run_and_then_goes_on_with_it(tmp_path):
     """Run by bash with Slurm's commands as stubs, one of which starts the trainer alone."""
     [block] = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/on_gpus.md").read_text(), re.S)
     (tmp_path / "job.sh").write_text(block)
-    srun = '[ "$1 $2 $3" = "torchrun --nnodes=2 --nproc-per-node=8" ] || exit 9\necho "$@"'
+    srun = (
+        '[ "$1 $2 $3 $4" = "--cpus-per-task=64 torchrun --nnodes=2 --nproc-per-node=8" ] || exit 9'
+    )
+    srun += '\n[ $TORCH_ELASTIC_SHUTDOWN_TIMEOUT -lt 120 ] || exit 9\necho "$@"'
     stubs = dict(srun=srun, scontrol='echo "node7\nnode8"')
     for name, text in stubs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
     environment = dict(PATH=f"{tmp_path}:{os.environ['PATH']}", HOME=str(tmp_path))
-    environment |= dict(SLURM_NNODES="2", SLURM_JOB_NODELIST="node[7-8]")
+    environment |= dict(SLURM_NNODES="2", SLURM_CPUS_PER_TASK="64", SLURM_JOB_NODELIST="node[7-8]")
 
     def submitted() -> str:
         command = ["bash", str(tmp_path / "job.sh")]
