@@ -180,7 +180,7 @@ class Run:
         row |= measured | dict(images_per_s=round(self.rate, 1), minutes=round(minutes, 3))
         self.history.append(row)
         self.epoch, self.step, self.sums, self.silent = self.epoch + 1, 0, {}, False
-        # The log may run ahead of the checkpoint: a resumed run begins by cutting it to its own rows.
+        # The log may run ahead of the checkpoint: a resumed run first cuts it to its own rows.
         minutes = max_over_processes(time.time() - self.saved_at, self.device) / 60
         self.write(save=self.epoch == self.args.epochs or minutes >= self.args.save_every)
         return row

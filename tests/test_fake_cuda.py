@@ -44,8 +44,8 @@ FIRST_STEP = {
     "variants.py e_spa": "a block's D and B, kept from then on",
     "soap.py eigenbasis": "the exact eigenbases; later ones are refreshed by QR",
 }
-# ... and in those that read numbers: of an epoch the first, then about one in two seconds (here each
-# second step), and the last.
+# ... and in those that read numbers: of an epoch the first, then one about every two seconds (here
+# each second step), and the last.
 READING_STEP = {
     "run.py add": "the sums, because a run that is not finite ends",
     "run.py steps": "the loss, for the progress bar",

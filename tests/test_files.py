@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,6 +39,20 @@ def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path):
         save_checkpoint(path, dict(value=Unpicklable()))
     assert load_checkpoint(str(path))["value"] == 1
     assert [f.name for f in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_loaded_checkpoint_is_a_view_of_its_file_and_outlives_it(tmp_path):
+    """Eight processes that resume a run would each hold all of SOAP's state."""
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, content(value=torch.arange(5.0)))
+    x = load_checkpoint(str(path))["value"]
+    if sys.platform == "linux":
+        assert str(path) in Path("/proc/self/maps").read_text()
+    x += 1
+    assert torch.equal(load_checkpoint(str(path))["value"], torch.arange(5.0))
+    save_checkpoint(path, content(value=torch.zeros(5)))
+    assert torch.equal(x, torch.arange(5.0) + 1)
+    assert torch.equal(load_checkpoint(str(path))["value"], torch.zeros(5))
 
 
 class Intruder:

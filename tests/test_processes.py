@@ -4,6 +4,7 @@
 """
 
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -51,6 +52,7 @@ def assert_both_ended(done: list, code: int = 0) -> None:
 EXCHANGE = """
 import argparse, math
 import torch
+import support.run
 from support import knn, processes
 from support.run import Run
 _, rank, world = processes.start_processes("cpu")
@@ -65,13 +67,25 @@ problems = []
 noted = dict(sums={}, step=0, reading=True, break_off=problems.append)
 Run.add(argparse.Namespace(**noted), loss=torch.tensor(math.nan if rank else 1.0))
 assert problems == ["the loss is nan"]
+assert processes.max_over_processes(3.5 - rank, torch.device("cpu")) == 3.5
+
+now, looks = 100.0, []
+support.run.time = argparse.Namespace(time=lambda: now)
+run = argparse.Namespace(rarest=20, device=torch.device("cpu"))
+run.leave_if_asked = lambda: looks.append(number)
+for number in Run.watched(run, range(1, 11 - rank), 10):
+    now += 0.5 if rank else 0.3
+    assert run.reading == (number in (1, 5, 9, 10))
+assert looks == [1, 5, 9]
 processes.end_processes()
 """
 
 
 def test_two_processes_gather_features_average_numbers_and_leave_together(tmp_path):
     """The k-NN bank: four images of one process and three of the other, in order and without
-    padding. A loss that is not finite in one of them is noted by both."""
+    padding. A loss that is not finite in one of them is noted by both. Where a batch takes one .3
+    and the other .5 seconds, both look after each fourth whether to stop; of the tenth one has no
+    part."""
     assert_both_ended(run_two(EXCHANGE, [], tmp_path))
 
 
@@ -208,6 +222,78 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_one_goes_on(
     run_main(train_cls.main, [*args, "--out", "alone"], tmp_path, monkeypatch)
     for a, b in zip(load(tmp_path / "alone/last.pt")["history"], one["history"], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+
+
+MEASURED = """
+import os, signal, sys
+import train_ssl
+from support import errors, run
+
+def measuring(self, loader):
+    calls.append(loader)
+    for number, batch in enumerate(real(self, loader), start=1):
+        if len(calls) == stopped_in and number == 4 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if len(calls) == stopped_in:
+            print("measured", number, flush=True)
+        yield batch
+
+stopped_in, calls, Batches = int(sys.argv.pop()), [], train_ssl.Batches
+def smaller(length, size, *rest):
+    return Batches(length, 4 if size == 256 else size, *rest)
+
+train_ssl.Batches = smaller
+real, run.Run.measuring = run.Run.measuring, measuring
+with errors.errors_in_one_line("-"):
+    train_ssl.main()
+"""  # k-NN in batches of 4, with a signal at the fourth of the loader that is named last
+
+
+def test_a_signal_during_knn_stops_both_processes_at_once_and_the_run_resumes_exactly(
+    image_root, tmp_path
+):
+    """On the images of val after the last epoch. Of their last batch one process has no part."""
+    root = tmp_path / "images"
+    shutil.copytree(image_root, root)
+    next((root / "val/class1").iterdir()).unlink()
+    words = ["--data", root, *SMALL, "--skipless", "--prototypes", 16]
+    words += ["--epochs", 1, "--warmup-epochs", 0.5]
+    assert_both_ended(run_two(MEASURED, [*words, "--out", "a", 0], tmp_path))
+    done = run_two(MEASURED, [*words, "--out", "b", 4], tmp_path)
+    assert_both_ended(done, 128 + signal.SIGTERM)
+    assert [x.stdout.count("measured") for x in done] == [4, 4]
+    stopped = load(tmp_path / "b/last.pt")
+    assert (stopped["epoch"], stopped["step"]) == (0, 5)
+    assert_both_ended(run_two(MEASURED, ["--resume", "b/last.pt", 0], tmp_path))
+    a, b = (load(tmp_path / name / "last.pt") for name in "ab")
+    assert all(torch.equal(x, b["student"][name]) for name, x in a["student"].items())
+    for row, other in zip(a["history"], b["history"], strict=True):
+        timing = ("minutes", "images_per_s")
+        assert all(other[name] == x for name, x in row.items() if name not in timing)
+    assert b["history"][-1]["images_per_s"] == round(stopped["rate"], 1) > 0
+
+
+def test_on_gpus_each_process_is_bound_to_its_own(monkeypatch):
+    """Otherwise NCCL guesses, when the processes first meet."""
+    asked = {}
+
+    def init_process_group(backend, **how):
+        asked.update(how, backend=backend)
+        raise RuntimeError("no GPU")
+
+    device = torch.device("cuda", 1)
+    monkeypatch.setattr(processes, "chosen_device", lambda _: device)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(processes.dist, "init_process_group", init_process_group)
+    for name in ("RANK", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "1")
+    precision = torch.backends.cuda.matmul.fp32_precision
+    try:
+        with pytest.raises(processes.UserError, match="no GPU"):
+            processes.start_processes("cuda")
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = precision
+    assert asked["backend"] == "nccl" and asked["device_id"] == device
 
 
 # ---- precision -----------------------------------------------------------------------------------

@@ -182,10 +182,9 @@ def test_the_slurm_script_starts_a_run_and_then_goes_on_with_it(tmp_path):
     """Run by bash with Slurm's commands as stubs, one of which starts the trainer alone."""
     [block] = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/on_gpus.md").read_text(), re.S)
     (tmp_path / "job.sh").write_text(block)
-    srun = (
-        '[ "$1 $2 $3 $4" = "--cpus-per-task=64 torchrun --nnodes=2 --nproc-per-node=8" ] || exit 9'
-    )
-    srun += '\n[ $TORCH_ELASTIC_SHUTDOWN_TIMEOUT -lt 120 ] || exit 9\necho "$@"'
+    words = "--cpus-per-task=64 torchrun --nnodes=2 --nproc-per-node=8"
+    srun = f'[ "$1 $2 $3 $4" = "{words}" ] || exit 9\n'
+    srun += '[ $TORCH_ELASTIC_SHUTDOWN_TIMEOUT -lt 120 ] || exit 9\necho "$@"'
     stubs = dict(srun=srun, scontrol='echo "node7\nnode8"')
     for name, text in stubs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")

@@ -398,6 +398,71 @@ def test_an_interrupted_run_resumes_exactly(image_root, tmp_path, monkeypatch, c
     assert len((out / "log.jsonl").read_text().splitlines()) == 6
 
 
+def test_a_run_stopped_during_its_evaluation_measures_again(
+    image_root, tmp_path, monkeypatch, capsys
+):
+    """At the second of eight batches, which is the last that it measures."""
+    args = ["--data", image_root, *SMALL, "--batch-size", 4, "--ema", 0.9]
+    run_main(train_cls.main, [*args, "--out", "a"], tmp_path, monkeypatch)
+    measuring, numbers = Run.measuring, []
+
+    def with_a_signal(run, loader):
+        for number, batch in enumerate(measuring(run, loader), start=1):
+            if number == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            numbers.append(number)
+            yield batch
+
+    with monkeypatch.context() as p:
+        p.setattr(Run, "measuring", with_a_signal)
+        done = run_here(train_cls.main, [*args, "--out", "b"], tmp_path, p, capsys)
+    assert done.returncode == 128 + signal.SIGTERM and numbers == [1, 2]
+    assert "stopped at epoch 1, step 15; continue with --resume b/last.pt" in done.stdout
+    for workers in (1, 0):
+        words = ["--resume", "b/last.pt", "--workers", workers]
+        run_main(train_cls.main, words, tmp_path, monkeypatch)
+        assert_equal_runs(load(tmp_path / "a/last.pt"), load(tmp_path / "b/last.pt"))
+
+
+def test_checkpoints_are_written_every_ten_minutes_and_at_both_ends(
+    image_root, tmp_path, monkeypatch, capsys
+):
+    """Here an epoch takes five. A run that is killed in between goes on from the last one."""
+    now, saved, save = [1000.0], [], Run.save
+    monkeypatch.setattr("support.run.time.time", lambda: now[0])
+    args = ["--data", image_root, *SMALL, "--epochs", 4, "--ema", 0.9]
+
+    def noted(run):
+        saved.append(run.epoch)
+        save(run)
+
+    def lr_and_time(*rest):
+        now[0] += 60
+        return lr_at(*rest)
+
+    def evaluate(*rest):
+        if now[0] == stop:
+            raise train_cls.UserError("killed")
+        return measured(*rest)
+
+    measured, lr_at, stop = train_cls.evaluate, train_cls.lr_at, None
+    monkeypatch.setattr(train_cls, "lr_at", lr_and_time)
+    monkeypatch.setattr(Run, "save", noted)
+    monkeypatch.setattr(train_cls, "evaluate", evaluate)
+    run_main(train_cls.main, [*args, "--out", "a"], tmp_path, monkeypatch)
+    assert saved == [1, 3, 4]
+    stop = now[0] + 3 * 300
+    run_here(train_cls.main, [*args, "--out", "b"], tmp_path, monkeypatch, capsys)
+    log, last = tmp_path / "b/log.jsonl", tmp_path / "b/last.pt"
+    assert len(log.read_text().splitlines()) == 2 and load(last)["epoch"] == 1
+    saved.clear()
+    words = ["--resume", "b/last.pt", "--save-every", 0]
+    run_main(train_cls.main, words, tmp_path, monkeypatch)
+    assert saved == [2, 3, 4]
+    assert_equal_runs(load(tmp_path / "a/last.pt"), load(last))
+    assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == [1, 2, 3, 4]
+
+
 def test_a_second_ctrl_c_ends_the_program_at_once_and_a_second_sigterm_does_not():
     """The batch system and torchrun may both send SIGTERM; who presses Ctrl-C twice means it."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -460,6 +460,29 @@ def test_an_interrupted_run_resumes_exactly(image_root, tmp_path, monkeypatch, c
     assert b["history"][-1]["images_per_s"] == 40.0
 
 
+def test_a_run_stopped_before_its_first_step_goes_on(image_root, tmp_path, monkeypatch, capsys):
+    """While k-NN measures the untrained network: that is measured again."""
+    words = ["--data", image_root, *RUN, "--epochs", 1, "--warmup-epochs", 0, "--skipless"]
+    run_main(train_ssl.main, [*words, "--out", "a"], tmp_path, monkeypatch)
+    batches = train_ssl.Batches
+    small = lambda length, size, *rest: batches(length, min(size, 12), *rest)  # noqa: E731
+
+    def normalise(images):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return data.normalise(images)
+
+    with monkeypatch.context() as p:
+        p.setattr(train_ssl, "Batches", small)
+        p.setattr("support.knn.normalise", normalise)
+        stopped = run_here(train_ssl.main, [*words, "--out", "b"], tmp_path, p, capsys)
+    assert stopped.returncode == 128 + signal.SIGTERM
+    assert "stopped at epoch 1, step 0; continue with --resume b/last.pt" in stopped.stdout
+    run_main(train_ssl.main, ["--resume", "b/last.pt"], tmp_path, monkeypatch)
+    a, b = (load(tmp_path / f"{name}/last.pt")["history"] for name in "ab")
+    assert [(x["epoch"], x["knn"]) for x in a] == [(x["epoch"], x["knn"]) for x in b]
+    assert len(b) == 2 and a[1]["loss"] == b[1]["loss"]
+
+
 # ---- what it refuses -----------------------------------------------------------------------------
 
 
