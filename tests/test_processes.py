@@ -73,9 +73,9 @@ now, looks = 100.0, []
 support.run.time = argparse.Namespace(time=lambda: now)
 run = argparse.Namespace(rarest=20, device=torch.device("cpu"))
 run.leave_if_asked = lambda: looks.append(number)
-for number in Run.watched(run, range(1, 11 - rank), 10):
+for number in Run.watched(run, range(1, 14 - rank), 13):
     now += 0.5 if rank else 0.3
-    assert run.reading == (number in (1, 5, 9, 10))
+    assert run.reading == (number in (1, 5, 9, 13))
 assert looks == [1, 5, 9]
 processes.end_processes()
 """
@@ -84,8 +84,8 @@ processes.end_processes()
 def test_two_processes_gather_features_average_numbers_and_leave_together(tmp_path):
     """The k-NN bank: four images of one process and three of the other, in order and without
     padding. A loss that is not finite in one of them is noted by both. Where a batch takes one .3
-    and the other .5 seconds, both look after each fourth whether to stop; of the tenth one has no
-    part."""
+    and the other .5 seconds, both look after each fourth whether to stop; of the
+    thirteenth, the last, one has no part."""
     assert_both_ended(run_two(EXCHANGE, [], tmp_path))
 
 
