@@ -71,15 +71,19 @@ def report(title: str, times: dict[str, list[float]], *pairs: tuple[str, str]) -
 
 
 def networks(name: str, image_size: int) -> dict[str, nn.Module]:
-    """timm's, ours with skips and ours without, all of one size."""
-    from timm.models import VisionTransformer  # here, so that other commands run without timm
-
+    """timm's, if it is installed, ours with skips and ours without, all of one size."""
     dim, depth, heads = PRESETS[name].values()
-    return dict(
-        timm=VisionTransformer(image_size, 16, embed_dim=dim, depth=depth, num_heads=heads),
-        residual=ViT(image_size, **PRESETS[name], residual=True),
-        skipless=ViT(image_size, **PRESETS[name], residual=False),
-    )
+    networks = {
+        kind: ViT(image_size, **PRESETS[name], residual=kind == "residual")
+        for kind in ("residual", "skipless")
+    }
+    try:
+        from timm.models import VisionTransformer
+    except ImportError:
+        print("timm is not installed: ours alone (pip install -r tests/requirements.txt)")
+        return networks
+    timm = VisionTransformer(image_size, 16, embed_dim=dim, depth=depth, num_heads=heads)
+    return dict(timm=timm) | networks
 
 
 def step(p: Parser) -> None:
@@ -118,7 +122,9 @@ def step(p: Parser) -> None:
             updates = optimizer(network.parameters(), lr=1e-4, weight_decay=0.05)
             ways[kind] = partial(training_step, network, updates)
         times = in_turns(ways, args.steps)
-        report(f"{name}, {device}, {precision}", times, ("residual", "timm"), ("skipless", "timm"))
+        base = next(iter(times))  # timm's, or ours with skips
+        pairs = [(kind, base) for kind in ("residual", "skipless") if kind != base]
+        report(f"{name}, {device}, {precision}", times, *pairs)
         for kind, take_step in ways.items() if device.type == "cuda" else ():
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()
@@ -132,26 +138,43 @@ def step(p: Parser) -> None:
 def soap(p: Parser) -> None:
     """Times an optimizer's step: our SOAP, pytorch-optimizer's SOAP, and AdamW as the floor.
 
-    All get the same gradients for the blocks of a ViT. A turn is ten steps, of which one refreshes
-    the eigenbases, as in training on a CPU. Then how much longer the longest step is than the
-    median one, with all refreshes in one step and with staggered ones, as in training on a GPU.
+    All get the same gradients for the blocks of a ViT. First the parts of our SOAP's step: moments
+    alone, what products with factors and bases add to them, and what refreshing every basis adds to
+    these. Then all three: a turn is ten steps, of which one refreshes, as in training on a CPU.
+    Then how much longer the longest step is than the median one, with all refreshes in one step and
+    with staggered ones, as in training on a GPU.
     """
     p.add_argument("--model", choices=PRESETS, default="nano", help="size of the ViT [nano]")
     p.add_argument("--tens", type=REPEATS, default=6, help="turns of ten steps to time [6]")
     p.add_argument("--device", **DEVICE)
     args = p.parse_args(sys.argv[2:])
     device, _, _ = start_processes(args.device)
-    from pytorch_optimizer import SOAP as PeerSOAP  # here, so that other commands run without it
+    kinds = {"SOAP here": SOAP, "AdamW": torch.optim.AdamW}
+    try:
+        from pytorch_optimizer import SOAP as PeerSOAP
 
-    ways, peer = {}, "pytorch-optimizer's"
-    for name, kind in {"SOAP here": SOAP, peer: PeerSOAP, "AdamW": torch.optim.AdamW}.items():
-        blocks = ViT(**PRESETS[args.model]).blocks.to(device)
-        torch.manual_seed(0)
-        for weight in blocks.parameters():
-            weight.grad = torch.randn_like(weight)
-        ways[name] = kind(blocks.parameters(), lr=1e-4).step
+        kinds["pytorch-optimizer's"] = PeerSOAP
+    except ImportError:
+        print("pytorch-optimizer is not installed: ours alone (tests/requirements.txt has it)")
+    blocks = ViT(**PRESETS[args.model]).blocks.to(device)
+    torch.manual_seed(0)
+    for weight in blocks.parameters():
+        weight.grad = torch.randn_like(weight)
+    options = dict(
+        moments=dict(max_precondition_dim=1),
+        products=dict(precondition_frequency=10**9),
+        refresh=dict(precondition_frequency=1),
+    )
+    ways = {name: SOAP(blocks.parameters(), **x).step for name, x in options.items()}
+    first, second, third = (1000 * median(x) for x in in_turns(ways, args.tens).values())
+    del ways
+    print(f"{args.model}, {device}, a step of ours: moments {first:.1f} ms, products "
+          f"{second - first:.1f} ms, a refresh of all bases {third - second:.1f} ms")  # fmt: skip
+
+    ways = {name: kind(blocks.parameters(), lr=1e-4).step for name, kind in kinds.items()}
     times = in_turns(ways, args.tens, calls=10)  # the warm-up builds SOAP's factors
-    report(f"{args.model}, {device}, ten steps", times, (peer, "SOAP here"))
+    pairs = [(name, "SOAP here") for name in times if name.startswith("pytorch")]
+    report(f"{args.model}, {device}, ten steps", times, *pairs)
     for name, stagger in (("in one step", False), ("staggered", True)):
         step = SOAP(blocks.parameters(), stagger=stagger).step
         steps = in_turns({"": step}, 10 * args.tens)[""]
