@@ -7,6 +7,8 @@ numbers, 1 for all others. One thing is otherwise than on a GPU: without a drive
 attention, not the fused kernels.
 """
 
+import importlib
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -29,6 +31,8 @@ from minskip import ViT
 from support import data, files, scenes
 from support.run import Run
 
+sys.path.insert(0, str(ROOT / "experiments"))
+first_gpu = importlib.import_module("first_gpu")
 aten = torch.ops.aten
 
 # On CUDA these wait until the GPU has told whether they succeeded or how much they found.
@@ -290,3 +294,17 @@ def test_dense(command, cuda, tmp_path, monkeypatch):
     cuda.whole_number = 1  # BatchNorm divides by the number of its batches
     words = f"{command} --device cuda --random-init residual --image-size 16"
     run_main(eval_dense.main, words.split(), tmp_path, monkeypatch)
+
+
+def test_the_comparison_of_the_first_gpu(cuda, monkeypatch):
+    """After its first epoch, an epoch of an arm waits to read its loss and its accuracy alone."""
+    monkeypatch.setattr(first_gpu, "BATCH", dict(cuda=4))
+    shape = dict(image_size=64, patch_size=16, num_classes=5, dim=16, depth=1, num_heads=2)
+    data = torch.zeros(9, 3, 64, 64, dtype=torch.uint8).cuda(), torch.zeros(9).long().cuda()
+    for arm in first_gpu.ARMS:
+        run = first_gpu.training(arm, shape, 1e-3, 3, data, data, math.inf)
+        for _ in enumerate(run):
+            cuda.step = arm  # from its second epoch on
+        waits = [wait.split(":")[0] for wait in cuda.waits[arm]]
+        assert waits == ["first_gpu.py training", "first_gpu.py top1"] * 2, cuda.waits[arm]
+        cuda.step = None

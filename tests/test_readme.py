@@ -56,7 +56,7 @@ SHORT = {
     "draw_readme.py": "--out {out}",
     "sweep.py": "--classes 2 --arms residual --depths 1 --opts adamw --rates 1e-3 --seeds 0 "
     "--epochs 1 --tune-epochs 1 --work {out}",
-    "gpu.py": "--device cpu --patience 1 --out {out}",
+    "first_gpu.py": "--minutes 0.02 --device cpu --out {out}",
     "speed.py step": "--models nano --steps 2 --batch-size 2 --image-size 32 --device cpu",
     "speed.py soap": "--model nano --tens 2 --device cpu",
     "speed.py init": "--models nano --repeats 2",
@@ -71,6 +71,7 @@ PLACEHOLDERS = {  # what stands for what in a printed command
     r"(RUN|runs/a)/last\.pt": "{run}",
     r"(OTHER|runs/b)/last\.pt": "{other}",
     r"(runs/sweep|results/tiny-imagenet|results/neighbours)": "{sweep}",
+    "runs/first-gpu-DATE": "{first}",
     r"(/imagenet|DATA|TINY)\b": "{images}",
     r"(CAMVID|ROOT)\b": "{scenes}",
     r"\w+\.(png|jpg)\b": "{street}",
@@ -145,9 +146,12 @@ def things(image_root, tmp_path_factory):
         row = dict(top1=50.0, val_loss=1.0, lr=1e-3, minutes=1.0, images_per_s=100.0)
         rows = [json.dumps(dict(epoch=epoch + 1, **row)) for epoch in range(epochs)]
         log.write_text("\n".join(rows) + "\n")
+    (folder / "first").mkdir()
+    (folder / "first/rows.jsonl").write_text(json.dumps(dict(part="machine", torch="2")) + "\n")
     files = dict(
         run="a/last.pt", other="b/last.pt", sweep="sweep", scenes="scenes", street="street.png"
     )
+    files["first"] = "first"
     settings = dict(script="train_cls.py", classes=None, tune_epochs=3, epochs=5, flags=[])
     (folder / "sweep/sweep.json").write_text(json.dumps(settings))
     return {name: folder / file for name, file in files.items()} | dict(images=image_root)
@@ -168,7 +172,7 @@ def test_printed_commands_run_from_the_root(command, things, tmp_path):
 def test_every_file_named_in_the_pages_exists():
     for page, folder in zip(PAGES, (page.parent for page in PLACES)):
         for name in re.findall(r"`((?:\w+/)*\w+\.(?:py|txt|png|md))`", page):
-            if name not in ("curves.png",):
+            if name not in ("curves.png", "table.md"):
                 assert (ROOT / name).exists(), name
         for name in re.findall(r"\]\(((?!http|#)[^)#]+)", page):
             assert (folder / name).exists(), name

@@ -1,4 +1,4 @@
-"""What `speed.py` times and how it says it; `test_readme.py` runs each command. And `gpu.py`."""
+"""What `speed.py` times and how it says it; `test_readme.py` runs each command."""
 
 import importlib
 import re
@@ -14,7 +14,7 @@ from conftest import ROOT, assert_fails_in_one_line, run_here, run_main
 from torch import nn
 
 sys.path.insert(0, str(ROOT / "experiments"))
-speed, gpu = importlib.import_module("speed"), importlib.import_module("gpu")
+speed = importlib.import_module("speed")
 
 
 def ratios(out: str) -> list[float]:
@@ -48,6 +48,38 @@ def test_a_step_is_compared_between_networks_of_one_size():
     assert len({sum(p.numel() for p in net.parameters()) for net in nets.values()}) == 1
     assert [nets[kind].blocks[0].residual for kind in ("residual", "skipless")] == [True, False]
     assert nets["timm"].blocks[0].attn.num_heads == 3
+
+
+def test_without_timm_ours_are_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "timm.models", None)
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    words = "--device cpu --batch-size 1 --image-size 16 --steps 2 --models nano"
+    run_main(speed.main, ["step", *words.split()], tmp_path, monkeypatch)
+    out = capsys.readouterr().out
+    assert "timm is not installed" in out and "skipless / residual" in out and len(ratios(out)) == 1
+    run_main(speed.main, "soap --device cpu --tens 2".split(), tmp_path, monkeypatch)
+    out = capsys.readouterr().out
+    assert "pytorch-optimizer is not installed" in out and not ratios(out)
+    assert re.search("ten steps: SOAP here .* ms, AdamW", out)
+
+
+def test_the_parts_of_soaps_step(tmp_path, monkeypatch, capsys):
+    """Moments 1 s, products 2 more, and where the bases are refreshed, 4 more."""
+
+    class Stub:
+        def __init__(self, _, max_precondition_dim=9, precondition_frequency=10, **__):
+            self.seconds = {10**9: 3.0, 1: 7.0}.get(precondition_frequency, 5.0)
+            self.seconds = 1.0 if max_precondition_dim == 1 else self.seconds
+
+        def step(self):
+            clock[0] += self.seconds
+
+    clock = [0.0]
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(speed, "SOAP", Stub)
+    run_main(speed.main, "soap --device cpu --tens 2".split(), tmp_path, monkeypatch)
+    expected = "moments 1000.0 ms, products 2000.0 ms, a refresh of all bases 4000.0 ms"
+    assert expected in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("opt", ["adamw", "soap"])
@@ -93,25 +125,11 @@ def test_photographs_are_as_large_as_photographs(tmp_path):
     assert 30_000 < (tmp_path / "train/0/1.jpg").stat().st_size < 300_000
 
 
-def test_the_gpus_script_runs_all_and_says_what_failed(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    (tmp_path / "good.py").write_text("import sys; print('fine', *sys.argv[1:])")
-    (tmp_path / "bad.py").write_text("import sys; print('so far'); sys.exit('error: no')")
-    (tmp_path / "slow.py").write_text("import time; print('begun', flush=True); time.sleep(60)")
-    monkeypatch.setattr(gpu, "COMMANDS", ["slow.py", "bad.py", "good.py --out {out}/a"])
-    run_main(gpu.main, ["--device", "cpu", "--out", "a o", "--patience", 2], tmp_path, monkeypatch)
-    slow, bad, good = capfd.readouterr().out.split("$ python ")[1:]
-    assert "begun\n(stopped after 2 s)" in slow
-    assert "so far\n" in bad and "error: no\n" in bad and "(code 1 after 0 s)" in bad
-    assert f"fine --out {tmp_path}/a o/a --device cpu\n(code 0" in good
-
-
-# The device is looked at last, so the other flags of the GPU's commands have been understood.
-REFUSED = {f"{command} --device tpu": "'tpu' is not known here" for command in gpu.COMMANDS} | {
-    "gpu.py --device cuda:99": "CUDA devices found here",
+REFUSED = {
     "speed.py": "required: command",
     "speed.py step --steps 1": "--steps: must be at least 2",
     "speed.py step --image-size 20": "--image-size: must be a multiple of 16; it is 20",
+    "speed.py dino --device tpu": "'tpu' is not known here",
     "speed.py loading --repeats 1": "--repeats: must be at least 2",
 }
 
