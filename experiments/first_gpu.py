@@ -9,10 +9,10 @@ Three parts share the time; what one leaves is the next one's.
 1. Every path of the real scripts, on a few drawn images: does it run?
 2. Speed and memory, against timm where it is installed.
 3. A comparison at 64 px of residual, the paper's init with each of its two sets of constants, and
-   identity: ViT-Ti/8, then ViT-S/8 (on a CPU nano/16), all images in the GPU's memory. All arms are
-   tuned alike: three learning rates, a few epochs each, measured on a held-back fifth of the
-   training images. Then all train on all of these for equally many epochs. They take turns by the
-   epoch, so that they can be compared whenever the time ends.
+   identity: ViT-Ti/8, then ViT-S/8 (on a CPU two blocks of nano). All images lie in the GPU's
+   memory. All arms are tuned alike: three learning rates, a few epochs each, measured on a
+   held-back fifth of the training images. Then all train on all of these for equally many epochs.
+   They take turns by the epoch, so that they can be compared whenever the time ends. One seed.
 
 A step that no longer fits is skipped. One that fails, or takes too long and is stopped, is
 reported, and the next begins. Each result is a line of OUT/rows.jsonl at once, so the run may be
@@ -187,10 +187,10 @@ ARMS = {
     "skipless-paper-dino": dict(arm="skipless-paper", alpha=1.8, beta=1.0, c=3.0),
     "skipless-identity": dict(arm="skipless-identity"),
 }
-PATCHES = dict(cuda=dict(tiny=8, small=8), cpu=dict(nano=16))
-IMAGES = dict(cuda=20_000, cpu=256)  # at most, for training; a tenth as many for val
+MODELS = dict(cuda=["tiny", "small"], cpu=["nano"])
+IMAGES = dict(cuda=20_000, cpu=128)  # at most, for training; a fifth as many for val
 RATES = [1e-3, 3e-3, 1e-2]
-BATCH, SIZE = dict(cuda=256, cpu=64), 64
+BATCH, SIZE, PATCH = dict(cuda=256, cpu=32), 64, 8
 TUNING = 0.3  # share of a model's time
 LONGEST_TUNING, LONGEST = 5, 100  # epochs
 REFRESH = 20  # steps; the authors' 10 would, by arithmetic, be most of a step of these sizes
@@ -218,13 +218,13 @@ def read_images(dataset, limit: int, until: float, device: torch.device) -> tupl
 def both_sets(data: Path | None, classes: int, device: torch.device, until: float) -> list[tuple]:
     """(images, labels) for training, and the same of val."""
     limit = IMAGES[device.type]
-    sets = Shapes("train", limit, SIZE), Shapes("val", limit // 10, SIZE)
+    sets = Shapes("train", limit, SIZE), Shapes("val", limit // 5, SIZE)
     if data:
         sets = image_folders(str(data), check=False)
         for folder in sets:
             folder.samples = [(path, label) for path, label in folder.samples if label < classes]
     begun = time.monotonic()
-    val = read_images(sets[1], limit // 10, begun + (until - begun) / 4, device)
+    val = read_images(sets[1], limit // 5, begun + (until - begun) / 4, device)
     return [read_images(sets[0], limit, until, device), val]
 
 
@@ -296,7 +296,7 @@ def training(
             losses, step = losses + loss.detach(), step + 1
         loss, accuracy = losses.item() / steps, top1(model, *val)
         loss = round(loss, 4) if math.isfinite(loss) else None  # JSON has no NaN
-        yield dict(loss=loss, top1=accuracy, seconds=round(time.monotonic() - begun, 2))
+        yield dict(loss=loss, top1=accuracy, seconds=round(time.monotonic() - begun, 3))
 
 
 def compare(out: Path, model: str, shape: dict, sets: list[tuple], until: float) -> None:
@@ -343,15 +343,16 @@ def compare_all(
         sets = both_sets(data, classes, device, begun + (until - begun) / 6)
         (images, labels), (val, _) = sets
         row = dict(data=source, train=len(images), val=len(val), classes=int(labels.max()) + 1)
-        add_row(out, part="images", **row, batch=BATCH[device.type], refresh=REFRESH)
+        add_row(out, part="images", **row, batch=BATCH[device.type], refresh=REFRESH, seed=0)
         seconds = time.monotonic() - begun
         say(f"    {len(images)} to train on, {len(val)} to measure, {seconds:.1f} s")
-        for number, (name, patch) in enumerate(PATCHES[device.type].items()):
-            begun, left = time.monotonic(), len(PATCHES[device.type]) - number
-            shape = dict(image_size=SIZE, patch_size=patch, num_classes=row["classes"])
-            say(f"comparison: {name}/{patch}, {(until - begun) / left:.0f} s ...")
-            shape |= PRESETS[name]
-            compare(out, f"{name}/{patch}", shape, sets, begun + (until - begun) / left)
+        for number, name in enumerate(MODELS[device.type]):
+            begun = time.monotonic()
+            seconds = (until - begun) / (len(MODELS[device.type]) - number)
+            say(f"comparison: {name}/{PATCH}, {seconds:.0f} s ...")
+            shape = dict(image_size=SIZE, patch_size=PATCH, num_classes=row["classes"])
+            shape |= PRESETS[name] | dict(depth=NAMES[device.type]["depth"])
+            compare(out, f"{name}/{PATCH}", shape, sets, begun + seconds)
             say(f"    {time.monotonic() - begun:.1f} s")
             report(out)
     except (UserError, RuntimeError, OSError) as error:  # CUDA's are RuntimeErrors

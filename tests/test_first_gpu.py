@@ -23,7 +23,7 @@ SHAPE = dict(image_size=64, patch_size=8, num_classes=10, dim=8, depth=1, num_he
 @pytest.fixture
 def small(monkeypatch):
     """A comparison of two tiny epochs at most, after one of tuning."""
-    sizes = dict(BATCH=dict(cpu=8), IMAGES=dict(cpu=40), PATCHES=dict(cpu=dict(nano=8)))
+    sizes = dict(BATCH=dict(cpu=8), IMAGES=dict(cpu=40))
     for name, value in (sizes | dict(LONGEST=2, LONGEST_TUNING=1)).items():
         monkeypatch.setattr(first_gpu, name, value)
     monkeypatch.setitem(first_gpu.PRESETS, "nano", dict(dim=8, depth=1, num_heads=2))
@@ -44,6 +44,7 @@ def in_a_minute() -> float:
 
 
 def test_a_run_reports_what_failed_and_goes_on(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     scripts(
         tmp_path, monkeypatch,
         good="import sys; print('fine', *sys.argv[1:])",
