@@ -228,8 +228,9 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.O
         dict(params=plain, weight_decay=0.0),
     ]
     if args.opt == "soap":  # the paper's: the init and the optimizer complete each other
-        on_gpu = next(model.parameters()).is_cuda  # there refreshes all in one step would be long
-        optimizer = processes.sharing_state(groups, SOAP, lr=args.lr, stagger=on_gpu)
+        # Staggered, because on a GPU refreshing all eigenbases in one step would take long.
+        how = dict(lr=args.lr, stagger=True, precondition_frequency=args.refresh_every)
+        optimizer = processes.sharing_state(groups, SOAP, **how)
     else:
         optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     if args.init == "identity":  # or the optimizer would overwrite the identity path

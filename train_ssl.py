@@ -307,8 +307,9 @@ def build_optimizer(args: argparse.Namespace, student: Network) -> torch.optim.O
         dict(params=plain, weight_decay=0.0),
     ]
     if args.opt == "soap":
-        on_gpu = next(student.parameters()).is_cuda  # there refreshes all in one step would be long
-        optimizer = processes.sharing_state(groups, SOAP, lr=args.lr, stagger=on_gpu)
+        # Staggered, because on a GPU refreshing all eigenbases in one step would take long.
+        how = dict(lr=args.lr, stagger=True, precondition_frequency=args.refresh_every)
+        optimizer = processes.sharing_state(groups, SOAP, **how)
     else:
         optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
     if args.init == "identity":  # or the optimizer would overwrite the identity path

@@ -61,6 +61,9 @@ COMMON = dict(
     grad_accum=(1, 1, COUNT, "parts in which a batch is computed; raise it if memory runs out"),
     checkpoint_activations=(False, False, bool,
         "compute activations twice instead of keeping them: much less memory, a third more time"),
+    refresh_every=(10, 10, COUNT,
+        "of SOAP: steps between two refreshes of an eigenbasis; 20 halves what they cost, and some "
+        "accuracy of short runs goes with it"),
     amp=("auto", "auto", ["auto", "bf16", "off"], "bf16 autocast; auto: on GPUs that support it"),
     compile=(False, False, bool, "torch.compile: faster, after some minutes of compiling"),
     device=("auto", "auto", str, "auto, cpu, cuda, cuda:N, or mps (untried)"),

@@ -226,6 +226,7 @@ def cuda(monkeypatch) -> Iterator[FakeCuda]:
 
 
 RUN = [*SMALL, "--depth", 1, "--device", "cuda", "--epochs", 1, "--warmup-epochs", 0.5]
+RUN += ["--refresh-every", 7]
 
 
 def check_waits(cuda: FakeCuda) -> None:
@@ -262,7 +263,8 @@ def test_a_training_step_waits_for_the_gpu_only_to_read_numbers(
         check_waits(cuda)
     assert bool(twice) == ("--checkpoint-activations" in words)
     group = files.load_checkpoint(str(last))["optimizer"]["param_groups"][0]
-    assert group.get("stagger") == (None if "adamw" in words else True)  # so no step bears them all
+    how = group.get("stagger"), group.get("precondition_frequency")
+    assert how == ((None, None) if "adamw" in words else (True, 7))  # no step bears all refreshes
     if script is train_cls:
         run_main(script.main, ["--eval", last], tmp_path, monkeypatch)
 
