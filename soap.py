@@ -5,8 +5,6 @@ Source: Vyas et al. 2025, "SOAP: Improving and Stabilizing Shampoo using Adam" (
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -32,18 +30,6 @@ def kept_of(shape: torch.Size, longest: int = LONGEST_SIDE) -> dict[str, tuple[i
         if size <= longest:
             kept |= dict.fromkeys([f"factor_{side}", f"basis_{side}"], (size, size))
     return kept
-
-
-@contextmanager
-def fp32_products(precision: str) -> Iterator[None]:
-    """How GPUs multiply float32 matrices: "ieee", or "tf32", which keeps 10 bits of each entry and
-    is many times as fast."""
-    matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, precision
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 def eigenbasis(factor: Tensor) -> Tensor:
@@ -77,8 +63,7 @@ def refreshed_basis(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     factor, basis: (batch, size, size). Returns the new basis, largest eigenvalue first, and the
     order (batch, size) in which it took the old columns.
     """
-    with fp32_products("ieee"):  # 10 bits would be too few for a factor's small eigenvalues
-        product = factor @ basis
+    product = factor @ basis
     eigenvalues = (basis * product).sum(dim=-2)  # Rayleigh quotients
     order = eigenvalues.argsort(dim=-1, descending=True)
     return torch.linalg.qr(product.take_along_dim(order[:, None, :], dim=-1)).Q, order
@@ -96,8 +81,7 @@ class SOAP(Optimizer):
         W <- W - lr Q_L [ M / (sqrt(V) + eps) ] Q_R^T               with Adam's bias correction
 
     Vectors get plain Adam, empty parameters nothing. Weight decay is decoupled (W <- W - lr wd W).
-    State and products are float32, even for bf16 parameters (float64 for float64). On GPUs products
-    of gradients and moments are TF32, those of a factor and its basis are not.
+    State and products are float32, never TF32, even for bf16 parameters (float64 for float64).
 
     It differs from the authors' code in one respect: a conv kernel gets two factors, theirs by
     default one for each of its four axes. (They also project M at every step: the same update, by
@@ -142,7 +126,10 @@ class SOAP(Optimizer):
         """One update of every parameter that has a gradient; returns the closure's loss, if any."""
         with torch.enable_grad():
             loss = closure() if closure else None
-        with fp32_products("tf32"):
+        matmul = torch.backends.cuda.matmul
+        # TF32 keeps 10 bits of each entry: too few for the factors' small eigenvalues.
+        precision, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+        try:
             for group in self.param_groups:
                 alike = defaultdict(list)
                 for number, p in enumerate(group["params"]):
@@ -159,6 +146,8 @@ class SOAP(Optimizer):
                     due = [step + number * group["stagger"] for number in numbers]
                     due = [i for i, x in enumerate(due) if x % group["precondition_frequency"] == 0]
                     self._step_alike(params, step, group, due if step > 0 else [])
+        finally:
+            matmul.fp32_precision = precision
         return loss
 
     def _step_alike(

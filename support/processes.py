@@ -93,7 +93,7 @@ def start_processes(device_name: str) -> tuple[torch.device, int, int]:
     device = chosen_device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # SOAP sets it back for its products
     if not launched_by_torchrun():
         return device, 0, 1
     # The others wait while the first process checks the images, which may take minutes.
