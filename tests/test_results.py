@@ -216,6 +216,14 @@ def test_the_tables_of_results_are_what_the_logs_say():
     assert wrong_in_results(text, ROOT / "results") == []
 
 
+def test_the_table_of_soap_is_what_the_logs_say():
+    results = ROOT / "results"
+    for row in read_tables((results / "README.md").read_text())["SOAP"]:
+        (_, name), (_, arm), _, *row = row
+        paths = results.glob(f"soap/{name}-{arm}-?/log.jsonl")
+        assert not check_row(row, dict(val=[read_log(path)[-1]["top1"] for path in paths])), name
+
+
 def test_the_table_of_the_readme_is_what_the_logs_say():
     assert wrong_in_readme((ROOT / "README.md").read_text(), ROOT / "results") == []
 
