@@ -201,13 +201,16 @@ def test_top_5_counts_the_five_best_of_ten_classes():
 
 def test_optimizers_and_what_they_decay():
     model = ViT(16, 8, 5, dim=16, depth=1, num_heads=2)
-    args = argparse.Namespace(opt="soap", lr=2e-3, weight_decay=0.1, init="default")
+    settings = dict(lr=2e-3, weight_decay=0.1, init="default", refresh_every=7)
+    args = argparse.Namespace(opt="soap", **settings)
     soap = train_cls.build_optimizer(args, model)
     args.opt = "adamw"
     adamw = train_cls.build_optimizer(args, model)
     assert isinstance(soap, SOAP) and isinstance(adamw, torch.optim.AdamW)
     names = {id(p): name for name, p in model.named_parameters()}
-    assert all(group["betas"] == (0.95, 0.95) for group in soap.param_groups)
+    for group in soap.param_groups:
+        assert group["betas"] == (0.95, 0.95)
+        assert group["stagger"] and group["precondition_frequency"] == 7
     decayed, plain = adamw.param_groups
     assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0
     assert decayed["lr"] == plain["lr"] == 2e-3 and decayed["betas"] == (0.9, 0.95)
