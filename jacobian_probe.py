@@ -145,6 +145,11 @@ def krylov_stretches(f: Callable[[Tensor], Tensor], y: Tensor, steps: int = 20) 
     return torch.linalg.svdvals(torch.stack(stretched))
 
 
+def shortcuts(block: Block) -> list[float]:
+    """The weights of x in a block's two additions, around attention and MLP; 0 without a skip."""
+    return getattr(block, "shortcuts", [float(x in block.skips) for x in ("attention", "mlp")])
+
+
 def conditioning(block: Block, x: Tensor) -> dict[str, float]:
     """kappa of the attention's K and K + I, and of the MLP's, for one image's x,
     (token, dim); exact up to n d = DENSE_LIMIT, lower bounds beyond."""
@@ -153,7 +158,7 @@ def conditioning(block: Block, x: Tensor) -> dict[str, float]:
         return [torch.linalg.svdvals(J) for J in (K, K + torch.eye(K.shape[-1]).to(K))]
 
     y = block.norm1(x)
-    z = block.norm2(block.residual * x + block.attention(y[None])[0])
+    z = block.norm2(shortcuts(block)[0] * x + block.attention(y[None])[0])
     if x.numel() <= DENSE_LIMIT:
         singular = both(attention_jacobian(block.attention, y))
     else:
@@ -167,11 +172,11 @@ def conditioning(block: Block, x: Tensor) -> dict[str, float]:
 
 
 def block_jacobian(block: Block, x: Tensor) -> Tensor:
-    """d block(x) / d x = (M N_2 + r I) (K N_1 + r I), (n d, n d), rows the outputs; x is (n, d).
+    """d block(x) / d x = (M N_2 + s I) (K N_1 + r I), (n d, n d), rows the outputs; x is (n, d).
 
-    K, M, N_1, N_2: Jacobians of attention, MLP and their LayerNorms; r = 1 with skips, 0 without.
+    K, M, N_1, N_2: Jacobians of attention, MLP and their LayerNorms; r, s: weights of the skips.
     """
-    r, (n, d) = block.residual, x.shape
+    (r, s), (n, d) = shortcuts(block), x.shape
     y = block.norm1(x)
     h = r * x + block.attention(y[None])[0]
     K = rearrange(attention_jacobian(block.attention, y), "(a i) (b j) -> a i b j", a=n, b=n)
@@ -179,7 +184,7 @@ def block_jacobian(block: Block, x: Tensor) -> Tensor:
     N_1 = torch.func.vmap(torch.func.jacrev(block.norm1))(x)
     N_2 = torch.func.vmap(torch.func.jacrev(block.norm2))(h)
     A = einsum(K, N_1, "a i b j, b j k -> a i b k") + r * torch.eye(n * d).to(x).view_as(K)
-    M = M @ N_2 + r * torch.eye(d).to(x)
+    M = M @ N_2 + s * torch.eye(d).to(x)
     return rearrange(einsum(M, A, "a l i, a i b k -> a l b k"), "a l b k -> (a l) (b k)")
 
 
@@ -278,7 +283,7 @@ def probe(models: Iterable[ViT], images: Tensor, labels: Tensor, theory: bool, t
         runs.append(numbers)
     columns = {key: [run[key] for run in runs if key in run] for key in runs[0]}
     medians = {key: [statistics.median(x) for x in zip(*xs)] for key, xs in columns.items()}
-    sizes = dict(depth=len(model.blocks), residual=model.config["residual"], tokens=n)
+    sizes = dict(depth=len(model.blocks), residual="attention" in model.blocks[0].skips, tokens=n)
     return sizes | dict(exact=dense, medians=medians, runs=runs)
 
 

@@ -3,7 +3,8 @@
 Read it from top to bottom:
 
 1. `ViT`, the standard pre-LN Vision Transformer. `Block.forward` shows the one difference:
-   `residual=True` is the usual network, `residual=False` has no skip connections.
+   `residual=True` is the usual network, `residual=False` has no skip connections, and with
+   "attention" or "mlp" that half of each block alone keeps its skip.
 2. Three functions that draw well-conditioned weights. Copy them into any project.
 3. `conditioned_init_`, which puts those weights into a `ViT`.
 
@@ -114,35 +115,38 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-LN block with its two skips, or without: (batch, token, dim) -> (batch, token, dim)."""
+    """A pre-LN block with two skips, one or none: (batch, token, dim) -> (batch, token, dim).
+
+    residual: True or False; or "attention" or "mlp", the half that alone keeps its skip. That half
+    is then the standard one, with gain and shift in its norm and no bias on its logits.
+    """
 
     def __init__(
         self,
         dim: int,
         num_heads: int,
         mlp_ratio: float,
-        residual: bool,
+        residual: bool | str,
         drop_path: float = 0.0,
         bias_at: int = 0,
         norm_affine: bool = True,
     ):
         super().__init__()
-        self.residual = residual
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=norm_affine)
-        self.attention = Attention(dim, num_heads, bias_at)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=norm_affine)
+        self.skips = {True: ("attention", "mlp"), False: ()}.get(residual, (residual,))
+        attention_affine, mlp_affine = (norm_affine or residual == x for x in ("attention", "mlp"))
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=attention_affine)
+        self.attention = Attention(dim, num_heads, bias_at * (residual != "attention"))
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=mlp_affine)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
-        # Only for blocks with skips: without them a dropped sub-block would erase the image.
+        # Only for blocks with both skips: without one a dropped sub-block would erase the image.
         self.drop_path = StochasticDepth(drop_path, "row") if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         # This is what the project is about:  x + f(x)  with the skip,  f(x)  without.
-        if self.residual:
-            x = x + self.drop_path(self.attention(self.norm1(x)))
-            x = x + self.drop_path(self.mlp(self.norm2(x)))
-        else:
-            x = self.attention(self.norm1(x))
-            x = self.mlp(self.norm2(x))
+        y = self.attention(self.norm1(x))
+        x = x + self.drop_path(y) if "attention" in self.skips else y
+        y = self.mlp(self.norm2(x))
+        x = x + self.drop_path(y) if "mlp" in self.skips else y
         return x
 
 
@@ -153,7 +157,8 @@ class ViT(nn.Module):
         image_size, patch_size: side of the (square) training images and of a patch, in pixels.
         num_classes: width of the output; 0 means no head: the output is the pooled feature.
         dim, depth, num_heads, mlp_ratio: d, L, h, and the MLP's hidden width divided by d.
-        residual: True for the standard network, False for the one without skips.
+        residual: True for the standard network, False for the one without skips; "attention" or
+            "mlp" for the one in which that half of each block alone keeps its skip.
         pool: classify a learned class token, "cls", or the mean of the patch tokens, "mean".
         pos_embed_std: standard deviation of the initial position embedding, usually 0.02. Patch
             embeddings start near 1, and a network without skips sees the positions only at its
@@ -175,7 +180,7 @@ class ViT(nn.Module):
         depth: int = 12,
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
-        residual: bool = True,
+        residual: bool | str = True,
         pool: str = "cls",
         pos_embed_std: float = 0.02,
         drop_path: float = 0.0,
@@ -194,8 +199,10 @@ class ViT(nn.Module):
             raise ValueError(f'pool must be "cls" or "mean", not {pool!r}')
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path must lie in [0, 1), not {drop_path}")
-        if drop_path and not residual:
-            raise ValueError("drop_path needs a skip connection; with residual=False leave it at 0")
+        if residual not in (True, False, "attention", "mlp"):
+            raise ValueError(f'residual is True, False, "attention" or "mlp", not {residual!r}')
+        if drop_path and residual is not True:
+            raise ValueError(f"drop_path needs all skips; with residual={residual!r} leave it at 0")
         n = (image_size // patch_size) ** 2 + (pool == "cls")
         self.patch_embed = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if pool == "cls" else None
@@ -379,9 +386,9 @@ def conditioned_init_(
 ) -> nn.Module:
     """Re-initialise all blocks of a `ViT`, in place, so that it trains without skip connections.
 
-    Cutting the Skip, section 4. Embeddings, norms and head keep their init; biases in the blocks
-    become zero. The paper's (alpha, beta, c) are (2, 0.6, 3) for ViT-B trained with labels and
-    (1.8, 1, 3) for ViT-S trained with DINO.
+    Cutting the Skip, section 4. Embeddings, norms and head keep their init, and so does a half that
+    alone keeps its skip; the biases of what is initialised become zero. The paper's (alpha, beta,
+    c) are (2, 0.6, 3) for ViT-B trained with labels and (1.8, 1, 3) for ViT-S trained with DINO.
 
     Args:
         alpha, beta: weights of the random part and of the identity in W_Q W_K^T.
@@ -400,12 +407,14 @@ def conditioned_init_(
     for block in blocks_of(model):
         attention, fc1, fc2 = block.attention, block.mlp.fc1, block.mlp.fc2
         d, hidden = fc1.in_features, fc1.out_features
-        W_Q, W_K = query_key_projections(d, attention.num_heads, alpha, beta, generator)
-        W_V, W_O = value_output_projections(d, c, generator)
-        set_linear_(attention.W_Q, W_Q)
-        set_linear_(attention.W_K, W_K)
-        set_linear_(attention.W_V, W_V)
-        set_linear_(attention.W_O, W_O)
-        set_linear_(fc1, orthogonal_mlp_weight(d, hidden, generator))
-        set_linear_(fc2, orthogonal_mlp_weight(hidden, d, generator))
+        if block.skips != ("attention",):
+            W_Q, W_K = query_key_projections(d, attention.num_heads, alpha, beta, generator)
+            W_V, W_O = value_output_projections(d, c, generator)
+            set_linear_(attention.W_Q, W_Q)
+            set_linear_(attention.W_K, W_K)
+            set_linear_(attention.W_V, W_V)
+            set_linear_(attention.W_O, W_O)
+        if block.skips != ("mlp",):
+            set_linear_(fc1, orthogonal_mlp_weight(d, hidden, generator))
+            set_linear_(fc2, orthogonal_mlp_weight(hidden, d, generator))
     return model

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from beyond.arms import arm_of, new_settings, say_twin, start_from_
 from beyond.identity_init import NEEDS, hold_pairs, identity_init_
+from beyond.mimetic_init import mimetic_init_
 from beyond.variants import CHOICES, start_, vary_
 from minskip import PRESETS, ViT, conditioned_init_
 from soap import SOAP
@@ -66,10 +67,13 @@ SETTINGS = dict(
     patch_size=      (8,        16,       COUNT,
         "side of a patch, pixels; half the side makes four times the tokens"),
     skipless=        (False,    False,    bool,          "train without skip connections"),
-    init=            ("default", "default", ["identity", "paper", "default"],
+    skips=           (None,     None,     ["attention", "mlp"],
+        "with --skipless: the half of each block that keeps its skip [neither]"),
+    init=            ("default", "default", ["identity", "paper", "default", "mimetic"],
         "weights the blocks start from: identity, ours, keeps tokens best in small networks; "
         "paper, from Cutting the Skip; default, std 0.02, with which a skipless network learns "
-        "little; with --skipless identity, for small paper"),
+        "little; mimetic, for networks with skips (beyond/mimetic_init.py); with --skipless "
+        "identity, for small paper"),
     alpha=           (1.8,      1.8,      NOT_NEGATIVE,
         "of --init paper: weight of the random part of W_Q W_K^T, 0.5 .. 2; too large: attention "
         "starts one-hot at random places"),
@@ -90,6 +94,8 @@ SETTINGS = dict(
         "how tokens mix; the others start near the identity or keep tokens apart"),
     activation=      ("gelu",   "gelu",   CHOICES["activation"],
         "of the MLPs; tat: a leaky ReLU fitted to the depth"),
+    shortcut=        ("constant", "constant", CHOICES["shortcut"],
+        "weight of the skips; decreasing: falling with depth from 1 to 0.7"),
     opt=             ("soap",   "soap",   ["soap", "adamw"],
         "optimizer; soap is the paper's and matters without skips"),
     lr=              (None,     None,     POSITIVE,
@@ -196,17 +202,19 @@ def build_backbone(args: argparse.Namespace) -> ViT:
             args.patch_size,
             num_classes=0,  # its output is the pooled feature
             **size | needs,
-            residual=not args.skipless,  # minskip.Block.forward: x + f(x), or f(x)
+            residual=args.skips or not args.skipless,  # minskip.Block.forward: x + f(x), or f(x)
             pool=args.pool,
             pos_embed_std=args.pos_embed_std,
             drop_path=args.drop_path,
         )
-        # Other norms, attentions and activations, if asked for; the defaults change nothing.
-        vary_(model, norm=args.norm, attention=args.attention, activation=args.activation)
+        # Other norms, attentions and so on, if asked for; the defaults change nothing.
+        vary_(model, **{part: vars(args)[part] for part in CHOICES})
         if args.init == "paper":
             conditioned_init_(model, args.alpha, args.beta, args.c)
         elif args.init == "identity":
             identity_init_(model)
+        elif args.init == "mimetic":
+            mimetic_init_(model)
         return start_(model)  # the initial weights of those other parts
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -312,7 +320,7 @@ def build_optimizer(args: argparse.Namespace, student: Network) -> torch.optim.O
         optimizer = processes.sharing_state(groups, SOAP, **how)
     else:
         optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
-    if args.init == "identity":  # or the optimizer would overwrite the identity path
+    if args.init == "identity" and args.skips != "mlp":  # or it would overwrite the pairs
         hold_pairs(optimizer, student.backbone)
     return optimizer
 

@@ -1,7 +1,9 @@
 """The arms of a comparison: every network of this project by name, fresh or from a checkpoint.
 
-An arm is a network as it enters a comparison: `residual`, or `skipless-` and its init. After a +
-come the parts of `beyond/variants.py` that it uses, as in `skipless-paper+none+e-spa+tat`.
+An arm is a network as it enters a comparison: `residual`, or `skipless-` and its init. In
+`attention-skip-` and `mlp-skip-`, that half of each block alone keeps its skip; residual networks
+may have another init than the usual one too, as `residual-paper`. After a + come the parts of
+`beyond/variants.py` that it uses, as in `skipless-paper+none+e-spa+tat`.
 """
 
 import argparse
@@ -10,6 +12,7 @@ from collections.abc import Iterable
 import torch
 
 from beyond.identity_init import COUNTS_ON, NEEDS, identity_init_
+from beyond.mimetic_init import mimetic_init_
 from beyond.variants import CHOICES, GRID_ATTENTIONS, STARTS, differing, start_, vary_
 from minskip import PRESETS, ViT, conditioned_init_
 from support.errors import UserError
@@ -18,6 +21,9 @@ from support.flags import check_no_other, flag_of, settings_of
 from support.processes import say
 
 ARMS = ["residual", "skipless-default", "skipless-paper", "skipless-identity"]
+SKIPS = {"residual": True, "skipless": False, "attention-skip": "attention", "mlp-skip": "mlp"}
+NAMES = ARMS + [f"{half}-skip-{arm[9:]}" for half in ("attention", "mlp") for arm in ARMS[1:]]
+NAMES += ["residual-paper", "residual-mimetic"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -26,10 +32,12 @@ ARMS = ["residual", "skipless-default", "skipless-paper", "skipless-identity"]
 
 
 def arm_of(args: argparse.Namespace) -> str:
-    """The name of a run's arm; a residual network with another init than the default is not one of
-    `ARMS`."""
-    start = f"skipless-{args.init}" if args.skipless else "residual"
-    if not args.skipless and args.init != "default":
+    """The name of a run's arm, which is not one of `NAMES` for a residual network with the identity
+    init."""
+    start = "residual"
+    if args.skipless:
+        start = f"{args.skips}-skip" if args.skips else "skipless"
+    if args.skipless or args.init != "default":
         start += f"-{args.init}"
     return "+".join([start, *differing(vars(args)).values()])
 
@@ -40,13 +48,29 @@ def parts_of(arm: str) -> tuple[str, dict[str, str]]:
     return start, {name: word for word in words for name in CHOICES if word in CHOICES[name]}
 
 
+def skips_and_init(start: str) -> tuple[bool | str, str]:
+    """`ViT`'s residual, and the init, of an arm's name without its variants."""
+    kind, _, init = start.rpartition("-")
+    return (SKIPS[kind], init) if kind else (True, "default")
+
+
+def flags_of(arm: str) -> list[str]:
+    """The trainers' flags that make an arm."""
+    start, varied = parts_of(arm)
+    words = [word for name, choice in varied.items() for word in (f"--{name}", choice)]
+    residual, init = skips_and_init(start)
+    words += ["--skipless"] if residual is not True else []
+    words += ["--skips", residual] if isinstance(residual, str) else []
+    return words + (["--init", init] if start != "residual" else [])
+
+
 def ARM(text: str) -> str:
     """The type of a flag that names an arm."""
     start, varied = parts_of(text)
-    if start not in ARMS or len(varied) < text.count("+"):
+    if start not in NAMES or len(varied) < text.count("+"):
         parts = ", ".join(word for words in CHOICES.values() for word in words)
         raise argparse.ArgumentTypeError(
-            f"{text} is no arm: {', '.join(ARMS)}, then + and each of {parts}"
+            f"{text} is no arm: {', '.join(NAMES)}, then + and each of {parts}"
         )
     return text
 
@@ -83,6 +107,10 @@ def complete(args: argparse.Namespace, given: Iterable[str], init_of: dict[str, 
             raise UserError(f"--{name} is not part of --attention {args.attention}; leave it out")
         if name in given and args.init != "paper":
             raise UserError(f"--{name} is not part of --init {args.init}; leave it out")
+    if args.skips and not args.skipless:
+        raise UserError("--skips says what --skipless leaves; add --skipless, or leave --skips out")
+    if args.skipless and args.init == "mimetic":
+        raise UserError("--init mimetic is made for networks with skips; leave --skipless out")
     if args.drop_path and args.skipless:
         raise UserError("--drop-path needs skip connections: leave it out with --skipless")
     if args.warmup_epochs >= args.epochs:
@@ -93,8 +121,8 @@ def complete(args: argparse.Namespace, given: Iterable[str], init_of: dict[str, 
 
 # Settings that make the network; --init-from takes them from the checkpoint.
 NETWORK = {
-    "model", "depth", "image_size", "patch_size", "skipless", "init", "alpha", "beta", "c", "pool",
-    "pos_embed_std", "norm", "attention", "activation",
+    "model", "depth", "image_size", "patch_size", "skipless", "skips", "init", "alpha", "beta", "c",
+    "pool", "pos_embed_std", "norm", "attention", "activation", "shortcut",
 }  # fmt: skip
 
 
@@ -141,6 +169,8 @@ def initialise_(model: ViT, init: str, alpha: float, beta: float, c: float) -> V
         conditioned_init_(model, alpha, beta, c)
     elif init == "identity":
         identity_init_(model)
+    elif init == "mimetic":
+        mimetic_init_(model)
     return start_(model)
 
 
@@ -152,14 +182,14 @@ def fresh_arm(
     c: of the paper's init [3; 1 without norms]. Raises UserError for what does not fit together.
     """
     start, varied = parts_of(arm)
-    init = start.removeprefix("skipless-") if start != "residual" else "default"
+    residual, init = skips_and_init(start)
     c = c or (1.0 if varied.get("norm") == "none" else 3.0)
     if varied.get("attention") in GRID_ATTENTIONS:
         shape = dict(pool="mean") | shape
     if init == "identity":
         shape = COUNTS_ON | NEEDS | shape
     try:
-        model = vary_(ViT(**shape, residual=start == "residual"), **varied)
+        model = vary_(ViT(**shape, residual=residual), **varied)
         return initialise_(model, init, alpha, beta, c)
     except ValueError as error:
         raise UserError(str(error)) from error

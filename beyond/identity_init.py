@@ -122,8 +122,8 @@ def mirrored_pairs(
 def identity_init_(model: nn.Module, generator: torch.Generator | None = None) -> nn.Module:
     """Re-initialise all blocks of a `minskip.ViT`, in place, by the equations above.
 
-    W_Q and W_K keep their small default weights; all biases become zero. To train the network,
-    call `hold_pairs` too.
+    W_Q and W_K keep their small default weights, and a half that alone keeps its skip keeps all of
+    them; the other biases become zero. To train the network, call `hold_pairs` too.
 
     Args:
         model: a ViT built with diagonal_bias=True and norm_affine=False. A class token works too:
@@ -135,22 +135,25 @@ def identity_init_(model: nn.Module, generator: torch.Generator | None = None) -
     with fewer than 2 d hidden units or a single head.
     """
     blocks = blocks_of(model)
+    if not NEEDS.items() <= model.config.items():
+        raise TypeError("identity_init_ needs ViT(diagonal_bias=True, norm_affine=False)")
     for number, block in enumerate(blocks, start=1):
         attention, fc1, fc2 = block.attention, block.mlp.fc1, block.mlp.fc2
         d, heads = fc1.in_features, attention.num_heads
-        if attention.diagonal_bias is None or block.norm1.elementwise_affine:
-            raise TypeError("identity_init_ needs ViT(diagonal_bias=True, norm_affine=False)")
-        if heads < 2:
-            raise ValueError("the identity init needs two heads or more: one keeps, one fetches")
-        W_V, W_O = keepers_and_fetchers(d, heads, generator)
-        W_1, W_2 = mirrored_pairs(d, fc1.out_features, number, generator)
-        set_linear_(attention.W_V, W_V)
-        set_linear_(attention.W_O, W_O)
-        set_linear_(fc1, W_1)
-        set_linear_(fc2, W_2)
-        attention.diagonal_bias.copy_(own_token_bias(heads, model.pos_embed.shape[1], len(blocks)))
-        nn.init.zeros_(attention.W_Q.bias)
-        nn.init.zeros_(attention.W_K.bias)
+        if block.skips != ("attention",):
+            if heads < 2:
+                raise ValueError("the identity init needs two heads: one keeps, one fetches")
+            W_V, W_O = keepers_and_fetchers(d, heads, generator)
+            b = own_token_bias(heads, model.pos_embed.shape[1], len(blocks))
+            set_linear_(attention.W_V, W_V)
+            set_linear_(attention.W_O, W_O)
+            attention.diagonal_bias.copy_(b)
+            nn.init.zeros_(attention.W_Q.bias)
+            nn.init.zeros_(attention.W_K.bias)
+        if block.skips != ("mlp",):
+            W_1, W_2 = mirrored_pairs(d, fc1.out_features, number, generator)
+            set_linear_(fc1, W_1)
+            set_linear_(fc2, W_2)
     return model
 
 

@@ -9,6 +9,7 @@ norm        `layernorm` and `rmsnorm` divide by the token's size; `dyt` and `der
             instead; `none` leaves one LayerNorm after the embedding and one at the end
 placement   `pre` is x + f(norm(x)); `post` is norm(x + f(x)), the transformer of 2017. Without
             skips the two are the same network, counted from another norm.
+shortcut    `constant` is x + f(x); `decreasing` is w x + f(x), where w falls with depth
 attention   tokens are mixed by a matrix A (n x n) per head. In `softmax`, A is
             P = softmax(q k^T / sqrt(d_h)); the others start as a matrix that loses less:
                 value-skipinit  A = alpha I + beta P, at first alpha = 1, beta = 0: A = I
@@ -24,7 +25,8 @@ Sources: value-skipinit, u-spa, e-spa: He et al. 2023 (arXiv 2302.10322; theirs 
 forms for tokens that all see each other are ours). shaped: Noci et al. 2023 (arXiv 2306.17759);
 with one alpha, beta, gamma per head: He and Hofmann 2023 (arXiv 2311.01906). DyT: Zhu et al. 2025
 (arXiv 2503.10622). Derf: Chen et al. 2025 (arXiv 2512.10938). What DyT and Derf do to gradients:
-arXiv 2604.11890. TAT: Zhang et al. 2022 (arXiv 2203.08120).
+arXiv 2604.11890. Decreasing shortcuts: Zhang et al. 2024 (arXiv 2404.10947). TAT: Zhang et al. 2022
+(arXiv 2203.08120).
 """
 
 import functools
@@ -51,7 +53,10 @@ from minskip import (
 CORRELATION = 0.5
 TAT_FRACTION = 0.9  # correlation after L layers of tat, as a fraction of ReLU's
 INDEPENDENT = 50.0  # a gamma so large that tokens have nothing in common
-STANDARD = dict(norm="layernorm", placement="pre", attention="softmax", activation="gelu")
+LAST_SHORTCUT = 0.7  # weight of a decreasing shortcut in the last MLP, as in the authors' script
+STANDARD = dict(
+    norm="layernorm", placement="pre", attention="softmax", activation="gelu", shortcut="constant"
+)
 
 
 def differing(settings: dict) -> dict[str, str]:
@@ -95,10 +100,25 @@ class PostBlock(Block):
     """norm(x + f(x)) with skips, norm(f(x)) without."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.drop_path(self.attention(x))
-        x = self.norm1(x + y if self.residual else y)
-        y = self.drop_path(self.mlp(x))
-        return self.norm2(x + y if self.residual else y)
+        y = self.attention(x)
+        x = self.norm1(x + self.drop_path(y) if "attention" in self.skips else y)
+        y = self.mlp(x)
+        return self.norm2(x + self.drop_path(y) if "mlp" in self.skips else y)
+
+
+# --------------------------------------------------------------------------------------------------
+# Shortcuts
+# --------------------------------------------------------------------------------------------------
+
+
+class DecreasingBlock(Block):
+    """w x + f(x), twice. `vary_` sets the two weights w; over the 2 L shortcuts of a network they
+    fall on a line from 1 to `LAST_SHORTCUT`, so that deep tokens hold less of the image itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w_attention, w_mlp = self.shortcuts
+        x = w_attention * x + self.drop_path(self.attention(self.norm1(x)))
+        return w_mlp * x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -303,11 +323,21 @@ STARTS = {
     "e-spa":          ("zero",      "as --init", "orthogonal", "orthogonal"),
 }  # fmt: skip
 
-CHOICES = dict(norm=list(NORMS), attention=list(STARTS), activation=["gelu", "tat"])
+CHOICES = dict(
+    norm=list(NORMS),
+    attention=list(STARTS),
+    activation=["gelu", "tat"],
+    shortcut=["constant", "decreasing"],
+)
 
 
 def vary_(
-    model: ViT, norm="layernorm", placement="pre", attention="softmax", activation="gelu"
+    model: ViT,
+    norm="layernorm",
+    placement="pre",
+    attention="softmax",
+    activation="gelu",
+    shortcut="constant",
 ) -> ViT:
     """Replace parts of a fresh `ViT`, in place, and note them in `model.config`.
 
@@ -322,9 +352,14 @@ def vary_(
         raise ValueError("without norms there is nothing to place before or after")
     if activation == "tat" and model.config["residual"]:
         raise ValueError("tat's slope is computed for a network without skips")
+    if shortcut == "decreasing" and (model.config["residual"] is not True or placement == "post"):
+        raise ValueError("decreasing shortcuts need all skips, and norms before the sub-blocks")
     if model.config["diagonal_bias"] and changed:
         raise ValueError("the identity init needs the standard LayerNorm, attention and GELU")
-    for block in blocks:
+    weights = torch.linspace(1, LAST_SHORTCUT, 2 * len(blocks), device="cpu").view(-1, 2).tolist()
+    for block, pair in zip(blocks, weights):
+        if shortcut == "decreasing":
+            block.__class__, block.shortcuts = DecreasingBlock, pair
         if norm != "layernorm":
             block.norm1, block.norm2 = NORMS[norm](dim), NORMS[norm](dim)
         if placement == "post":

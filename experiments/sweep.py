@@ -42,7 +42,7 @@ from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from beyond.arms import ARM, ARMS, parts_of
+from beyond.arms import ARM, ARMS, flags_of
 from support import files, pictures
 from support.data import image_folders, listing
 from support.errors import UserError, errors_in_one_line
@@ -55,7 +55,7 @@ TITLES = dict(top1="top-1, %", knn="k-NN accuracy, %", soap="SOAP", adamw="AdamW
 RATES = [float(f"{digit}e-{power}") for power in range(6, 0, -1) for digit in (1, 3)]
 PROBE = "last"  # a probe's folder in that of its run: it reads the tokens of the last block
 SET_BY_SWEEP = "--data --out --init-from --resume --eval --lr --seed --epochs --depth --opt "
-SET_BY_SWEEP += "--skipless --init --norm --attention --activation"
+SET_BY_SWEEP += "--skipless --skips --init --norm --attention --activation --shortcut"
 
 
 @contextmanager
@@ -205,12 +205,7 @@ def command_of(args: argparse.Namespace, folder: Path) -> list:
     if (folder / "last.pt").exists():
         return [*words, "--resume", folder / "last.pt"]
     words += ["--out", folder, "--epochs", epochs_of(args, folder), "--lr", rate, "--seed", seed]
-    words += ["--depth", depth, "--opt", opt, *args.flags]
-    network, variants = parts_of(arm)
-    words += [word for name, choice in variants.items() for word in (f"--{name}", choice)]
-    if network != "residual":
-        words += ["--skipless", "--init", network.removeprefix("skipless-")]
-    return words
+    return [*words, "--depth", depth, "--opt", opt, *args.flags, *flags_of(arm)]
 
 
 def start(args: argparse.Namespace, folder: Path) -> subprocess.Popen:

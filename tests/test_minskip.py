@@ -313,7 +313,8 @@ def test_drop_path_drops_whole_updates_and_only_in_training():
     "bad, words",
     [(dict(image_size=17), "patch size must divide"), (dict(num_heads=5), "num_heads must divide"),
      (dict(pool="max"), "pool"), (dict(drop_path=1.0), "drop_path must lie"),
-     (dict(residual=False, drop_path=0.1), "drop_path needs a skip")],
+     (dict(residual=False, drop_path=0.1), "drop_path needs all skips"),
+     (dict(residual="mlp", drop_path=0.1), "drop_path needs all"), (dict(residual="ffn"), "not 'ffn'")],
 )  # fmt: skip
 def test_sizes_that_do_not_fit_are_refused(bad, words):
     with pytest.raises(ValueError, match=words):

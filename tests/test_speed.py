@@ -46,7 +46,7 @@ def test_a_step_is_compared_between_networks_of_one_size():
     nets = speed.networks("tiny", 32)
     assert list(nets) == ["timm", "residual", "skipless"]
     assert len({sum(p.numel() for p in net.parameters()) for net in nets.values()}) == 1
-    assert [nets[kind].blocks[0].residual for kind in ("residual", "skipless")] == [True, False]
+    assert [bool(nets[kind].blocks[0].skips) for kind in ("residual", "skipless")] == [True, False]
     assert nets["timm"].blocks[0].attn.num_heads == 3
 
 
