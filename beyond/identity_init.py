@@ -142,7 +142,7 @@ def identity_init_(model: nn.Module, generator: torch.Generator | None = None) -
         d, heads = fc1.in_features, attention.num_heads
         if block.skips != ("attention",):
             if heads < 2:
-                raise ValueError("the identity init needs two heads: one keeps, one fetches")
+                raise ValueError("the identity init needs two heads or more: keepers and fetchers")
             W_V, W_O = keepers_and_fetchers(d, heads, generator)
             b = own_token_bias(heads, model.pos_embed.shape[1], len(blocks))
             set_linear_(attention.W_V, W_V)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import jacobian_probe as probe
 from beyond.arms import ARMS, fresh_arm
+from beyond.variants import vary_
 from minskip import PRESETS, Attention, Block, ViT
 from support.data import augmentations, image_folder, normalise
 from support.files import save_checkpoint
@@ -44,7 +45,7 @@ def autograd_jacobian(function, y: Tensor) -> Tensor:
 # ---- one network ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("residual, pool", [(True, "cls"), (False, "mean")])
+@pytest.mark.parametrize("residual, pool", [(True, "cls"), (False, "mean"), ("mlp", "mean")])
 def test_every_number_is_the_one_written_out_by_hand(residual, pool):
     """In float64, and at its block."""
     model = scattered(ViT(**SHAPE, residual=residual, pool=pool)).float().train()
@@ -79,7 +80,7 @@ def test_every_number_is_the_one_written_out_by_hand(residual, pool):
         expected["k(Z)"].append(statistics.median(torch.linalg.cond(Z).tolist()))
         expected["k(X+Z)"].append(statistics.median(torch.linalg.cond(X + Z).tolist()))
         K = autograd_jacobian(block.attention, y[:1])
-        M = autograd_jacobian(block.mlp, block.norm2(X[0] + Z[0] if residual else Z[0]))
+        M = autograd_jacobian(block.mlp, block.norm2(X[0] + Z[0] if residual is True else Z[0]))
         for J, name in ((K, "K"), (M, "MLP")):
             expected[f"k({name})"].append(torch.linalg.cond(J).item())
             expected[f"k({name}+I)"].append(torch.linalg.cond(J + torch.eye(len(J))).item())
@@ -105,13 +106,18 @@ def test_apjn_of_scalings_is_exact():
 # ---- Jacobians -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("residual", [True, False, "attention", "mlp", "decreasing"])
 def test_kappas_to_the_output_are_those_of_autograds_jacobians(residual):
     """From each block on, and down to the last block alone."""
-    shape = SHAPE | dict(depth=3, norm_affine=residual, diagonal_bias=True)
-    model = scattered(ViT(**shape, residual=residual))
+    shape = SHAPE | dict(depth=3, norm_affine=residual is not False, diagonal_bias=True)
+    if residual == "decreasing":
+        shape |= dict(diagonal_bias=False)
+        model = scattered(vary_(ViT(**shape), shortcut=residual))
+    else:
+        model = scattered(ViT(**shape, residual=residual))
     for block in model.blocks:  # keeps tokens different, so that kappa is more than rounding
-        block.attention.diagonal_bias.data += 4
+        if block.attention.diagonal_bias is not None:
+            block.attention.diagonal_bias.data += 4
     image = some_images(1)[0][0]
     result = probe.conditioning_to_output(model, image)
     for i, x in enumerate(model.forward_features(image[None], [0, 1, 2])):
@@ -119,10 +125,11 @@ def test_kappas_to_the_output_are_those_of_autograds_jacobians(residual):
         s = torch.linalg.svdvals(J)  # 5 tokens of width 12: 60, less two per token
         assert result["k(J)"][i] == approx((s[0] / s[49]).item(), rel=1e-6)
         assert result["k(J) half"][i] == approx((s[0] / s[29]).item(), rel=1e-6)
-        assert residual or s[50] < 1e-4 * s[49]  # only what a LayerNorm drops is left out
+        if residual in (False, "attention"):  # only what a LayerNorm drops is left out
+            assert s[50] < 1e-4 * s[49]
     assert (probe.block_jacobian(model.blocks[2], x[0]) - J).abs().max() < 1e-12
     assert result["k(J)"][3:] == result["k(J) half"][3:] == [1]
-    if not residual:  # rank that a block has lost does not come back
+    if residual is False:  # rank that a block has lost does not come back
         nn.init.zeros_(model.blocks[1].mlp.fc2.weight)
         for kappas in probe.conditioning_to_output(model, image).values():
             assert kappas[:2] == [1e15, 1e15] and kappas[2] < 1e15

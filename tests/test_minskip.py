@@ -8,7 +8,13 @@ import torch
 from conftest import correlation
 from torch import nn
 
-from beyond.identity_init import keepers_and_fetchers, mirrored_pairs, own_token_bias
+from beyond.identity_init import (
+    NEEDS,
+    identity_init_,
+    keepers_and_fetchers,
+    mirrored_pairs,
+    own_token_bias,
+)
 from minskip import (
     PRESETS,
     Attention,
@@ -226,15 +232,34 @@ def test_residual_vit_equals_timm():
 
 
 def test_the_skip_is_the_only_difference():
-    """With skips x + f(x), twice; without them f(x), with the same sub-blocks and norms."""
+    """x + f(x) with a skip, f(x) without, with the same sub-blocks and norms; in both halves of a
+    block or in one."""
     torch.manual_seed(0)
     x = torch.randn(2, 4, 24)
-    for skip in (0, 1):
-        block = Block(24, 3, 4.0, residual=bool(skip))
+    for residual, r, s in ((False, 0, 0), (True, 1, 1), ("attention", 1, 0), ("mlp", 0, 1)):
+        block = Block(24, 3, 4.0, residual=residual)
         for p in block.parameters():
             p.data.add_(0.1 * torch.randn_like(p))  # equal norms could be exchanged unnoticed
-        y = skip * x + block.attention(block.norm1(x))
-        assert torch.equal(block(x), skip * y + block.mlp(block.norm2(y)))
+        y = r * x + block.attention(block.norm1(x))
+        assert torch.equal(block(x), s * y + block.mlp(block.norm2(y)))
+
+
+@pytest.mark.parametrize("half, other", [("attention", "mlp"), ("mlp", "attention")])
+def test_a_half_that_alone_keeps_its_skip_is_the_standard_one(half, other):
+    """Neither init touches its weights; its norm is affine and its logits have no bias, even in a
+    network built for the identity init, whose other half is as that init needs it."""
+    for init_, needs in ((conditioned_init_, {}), (identity_init_, NEEDS)):
+        model = ViT(**TINY | needs, residual=half)
+        before = {name: x.clone() for name, x in model.state_dict().items()}
+        init_(model)
+        for name, x in model.state_dict().items():
+            changed = f".{other}." in name and name.endswith(("fc1.weight", "W_V.weight"))
+            assert not changed or not torch.equal(x, before[name]), name
+            assert f".{other}." in name or torch.equal(x, before[name]), name
+    for block in model.blocks:
+        norms = dict(attention=block.norm1, mlp=block.norm2)
+        assert norms[half].elementwise_affine and not norms[other].elementwise_affine
+        assert (block.attention.diagonal_bias is None) == (half == "attention")
 
 
 def test_attention_written_out():
@@ -314,7 +339,8 @@ def test_drop_path_drops_whole_updates_and_only_in_training():
     [(dict(image_size=17), "patch size must divide"), (dict(num_heads=5), "num_heads must divide"),
      (dict(pool="max"), "pool"), (dict(drop_path=1.0), "drop_path must lie"),
      (dict(residual=False, drop_path=0.1), "drop_path needs all skips"),
-     (dict(residual="mlp", drop_path=0.1), "drop_path needs all"), (dict(residual="ffn"), "not 'ffn'")],
+     (dict(residual="mlp", drop_path=0.1), "drop_path needs all"),
+     (dict(residual="ffn"), 'residual is True, False, "attention" or "mlp", not \'ffn\'')],
 )  # fmt: skip
 def test_sizes_that_do_not_fit_are_refused(bad, words):
     with pytest.raises(ValueError, match=words):

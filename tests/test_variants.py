@@ -16,6 +16,7 @@ import jacobian_probe
 import train_cls
 import train_ssl
 from beyond import arms, variants
+from beyond.mimetic_init import mimetic_init_
 from beyond.variants import kernels, start_, tat_after, tat_slope, vary_
 from minskip import ViT
 from support import files
@@ -95,6 +96,15 @@ def test_post_norm_written_out(residual):
     if residual:  # and drop-path drops both branches
         block.drop_path = nn.Dropout(1.0)
         torch.testing.assert_close(block(x), block.norm2(block.norm1(x)))
+
+
+def test_decreasing_shortcuts_fall_on_a_line_from_1_to_07():
+    """Over attention and MLP of three blocks: 1, .94, .88, .82, .76, .7."""
+    x = torch.randn(2, 16, DIM)
+    for i, block in enumerate(scatter_(vit(residual=True, shortcut="decreasing")).blocks):
+        y = (1 - 0.12 * i) * x + block.attention(block.norm1(x))
+        y = (0.94 - 0.12 * i) * y + block.mlp(block.norm2(y))
+        torch.testing.assert_close(block(x), y)
 
 
 # ---- attention -----------------------------------------------------------------------------------
@@ -266,7 +276,11 @@ def test_the_table_of_starts(name, activation):
      (dict(attention="u-spa", pool="cls"), "class token has no place"),
      (dict(attention="e-spa", side=1), "more than one token"),
      (dict(norm="none", placement="post"), "nothing to place"),
-     (dict(activation="tat", residual=True), "without skips")],
+     (dict(activation="tat", residual=True), "without skips"),
+     (dict(activation="tat", residual="mlp"), "without skips"),
+     (dict(shortcut="decreasing"), "need all skips"),
+     (dict(shortcut="decreasing", residual="attention"), "need all skips"),
+     (dict(shortcut="decreasing", residual=True, placement="post"), "norms before")],
 )  # fmt: skip
 def test_combinations_without_meaning_are_refused(varied, words):
     with pytest.raises(ValueError, match=words):
@@ -334,9 +348,80 @@ def test_arms_are_named_by_what_differs(monkeypatch):
     parts = dict(norm="none", attention="e-spa", activation="tat")
     assert arms.parts_of(name) == ("skipless-paper", parts)
     assert arms.arm_of(settled(monkeypatch)) == arms.ARM("residual")
-    for wrong in ("residual+gelu+tat", "residual+relu", "skipless", "dyt", "residual+"):
+    starts = ["residual-default", "attention-skip", "mlp-skip-mimetic", "skipless", "dyt"]
+    for wrong in (*starts, "residual+gelu+tat", "residual+relu", "residual+"):
         with pytest.raises(argparse.ArgumentTypeError, match=f"^{re.escape(wrong)} is no"):
             arms.ARM(wrong)
+
+
+@pytest.mark.parametrize("arm", [*arms.NAMES, "residual+decreasing"])
+@pytest.mark.parametrize("script", [train_cls, train_ssl])
+def test_the_flags_of_an_arm_make_its_network(script, arm, monkeypatch):
+    """The same weights as the sweep trains them and as the probe draws them; and the arm's name."""
+    words = "--model nano --depth 2 --pool mean --pos-embed-std 0.5".split()
+    words += ["--alpha", "2", "--beta", "0.6"] if "paper" in arm else []
+    monkeypatch.setattr(sys, "argv", ["train.py", *words, *arms.flags_of(arm)])
+    args = script.read_settings()[0]
+    torch.manual_seed(0)
+    ours = train_cls.build_network(args, 0) if script is train_cls else script.build_backbone(args)
+    torch.manual_seed(0)
+    shape = dict(dim=64, num_heads=8, depth=2, image_size=32, patch_size=8, num_classes=0)
+    theirs = arms.fresh_arm(arm, pool="mean", pos_embed_std=0.5, **shape)
+    assert arms.arm_of(args) == arm == arms.ARM(arm)
+    assert ours.config == theirs.config and str(ours) == str(theirs)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("skips, held", [(None, True), ("attention", True), ("mlp", False)])
+def test_pairs_are_held_where_the_mlp_has_pairs(skips, held, monkeypatch):
+    """AdamW's first step moves every entry by the rate, and the pairs by a tenth of it."""
+    words = f"--skipless --skips {skips}" if skips else "--skipless"
+    args = settled(monkeypatch, f"{words} --opt adamw --lr 1e-3 --weight-decay 0 --depth 1")
+    model = train_cls.build_network(args, 5)
+    optimizer, fc1 = train_cls.build_optimizer(args, model), model.blocks[0].mlp.fc1
+    before = fc1.weight.detach().clone()
+    (1e6 * model(torch.randn(8, 3, 32, 32)).square().sum()).backward()  # far above Adam's eps
+    optimizer.step()
+    moved = (fc1.weight - before).abs().median(dim=1).values
+    torch.testing.assert_close(moved[128:], torch.full((128,), 1e-3), rtol=0.1, atol=0)
+    pairs = torch.full((128,), 1e-4 if held else 1e-3)
+    torch.testing.assert_close(moved[:128], pairs, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [("--skips mlp", "add --skipless"), ("--skipless --init mimetic", "leave --skipless out"),
+     ("--init mimetic --c 2", "--c is not part of --init mimetic"),
+     ("--skipless --skips mlp --drop-path 0.1", "--drop-path needs skip")],
+)  # fmt: skip
+def test_settings_of_one_half_that_contradict_each_other(words, message, monkeypatch):
+    with pytest.raises(UserError, match=message):
+        settled(monkeypatch, words)
+
+
+def test_mimetic_products_are_near_the_identity_and_minus_the_identity():
+    """W_Q W_K^T = .7 Z + .7 I and W_V W_O = .4 Z - .4 I: exactly where one head has all dimensions,
+    and the first up to rank d_h in each of several. The MLPs keep their weights."""
+    torch.manual_seed(0)
+    d = 96
+    model = ViT(16, 8, 5, dim=d, depth=2, num_heads=1)
+    before = copy.deepcopy(model.state_dict())
+    mimetic_init_(model, torch.Generator().manual_seed(1))
+    for block in model.blocks:
+        a = block.attention
+        for left, right, diagonal, spread in (
+            (a.W_Q.weight.T, a.W_K.weight, 0.7, 0.7), (a.W_V.weight.T, a.W_O.weight.T, -0.4, 0.4)
+        ):  # fmt: skip
+            Z = left @ right - diagonal * torch.eye(d)
+            assert Z.std().item() == pytest.approx(spread / d**0.5, rel=0.05)
+            assert abs(Z.mean().item()) < 0.01 and abs(Z.diagonal().mean().item()) < 0.03
+    touched = {name for name, x in model.state_dict().items() if not torch.equal(x, before[name])}
+    parts = {name.split(".", 2)[2] for name in touched}
+    assert parts == {f"attention.W_{letter}.weight" for letter in "QKVO"} and len(touched) == 8
+    four = mimetic_init_(ViT(16, 8, 5, dim=d, depth=1, num_heads=4)).blocks[0].attention
+    heads = zip(four.W_Q.weight.split(24), four.W_K.weight.split(24))
+    traces = [(W_Q.T @ W_K).trace().item() / d for W_Q, W_K in heads]
+    assert min(traces) > 0.15 and torch.linalg.matrix_rank(four.W_V.weight) == d
 
 
 @pytest.mark.parametrize(
