@@ -193,7 +193,6 @@ RATES = [1e-3, 3e-3, 1e-2]
 BATCH, SIZE, PATCH = dict(cuda=256, cpu=32), 64, 8
 TUNING = 0.3  # share of a model's time
 LONGEST_TUNING, LONGEST = 5, 100  # epochs
-REFRESH = 20  # steps; the authors' 10 would, by arithmetic, be most of a step of these sizes
 
 
 def read_images(dataset, limit: int, until: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -271,8 +270,7 @@ def training(
     groups = [dict(params=[], weight_decay=0.05), dict(params=[], weight_decay=0.0)]
     for name, p in model.named_parameters():
         groups[p.ndim < 2 or name == "pos_embed"]["params"].append(p)
-    on_gpu = device.type == "cuda"
-    optimizer = SOAP(groups, precondition_frequency=REFRESH, stagger=on_gpu)
+    optimizer = SOAP(groups, stagger=True)
     if arm == "skipless-identity":
         hold_pairs(optimizer, model)
     step = 0
@@ -343,7 +341,7 @@ def compare_all(
         sets = both_sets(data, classes, device, begun + (until - begun) / 6)
         (images, labels), (val, _) = sets
         row = dict(data=source, train=len(images), val=len(val), classes=int(labels.max()) + 1)
-        add_row(out, part="images", **row, batch=BATCH[device.type], refresh=REFRESH, seed=0)
+        add_row(out, part="images", **row, batch=BATCH[device.type], seed=0)
         seconds = time.monotonic() - begun
         say(f"    {len(images)} to train on, {len(val)} to measure, {seconds:.1f} s")
         for number, name in enumerate(MODELS[device.type]):
@@ -438,9 +436,8 @@ def report(out: Path) -> str:
 
 # ---- the command line ----------------------------------------------------------------------------
 
-PARTS = dict(
-    paths=0.35, speed=0.55, comparison=0.98
-)  # each ends, at the latest, at this of the time
+# Each ends, at the latest, at this part of the time.
+PARTS = dict(paths=0.35, speed=0.55, comparison=0.98)
 
 
 def machine(device: torch.device) -> dict:
