@@ -17,6 +17,7 @@ FOLDERS = {  # heading in results/README.md -> folder of its logs
     "Tiny-ImageNet, with labels": "tiny-imagenet",
     "Tiny-ImageNet, without labels": "dino",
     "The neighbours": "neighbours",
+    "Which half needs its skip": "halves",
     "Synthetic images": "shapes",
 }
 NOT_IN_LOGS = {"arm", "blocks", "optimizer", "what"}
@@ -180,10 +181,10 @@ def wrong_in_results(text: str, results: Path) -> list[str]:
             cell = by_title["arm"], by_title.get("blocks", "12"), by_title.get("optimizer", "soap")
             wrong += [f"{heading}, {cell}: {x}" for x in check_row(row, facts.get(cell, {}))]
             missing.discard(cell)
-            target = re.search(r"residual's ([\d.]+)$", row[-1][0])
-            residual = mean(facts["residual", "12", "soap"]["val"])
-            if target and not agrees(target[1], residual):
-                wrong.append(f"{heading}: {target[0]}, but the logs say {residual}")
+            if target := re.search(r"residual's ([\d.]+)$", row[-1][0]):
+                residual = mean(facts["residual", "12", "soap"]["val"])
+                if not agrees(target[1], residual):
+                    wrong.append(f"{heading}: {target[0]}, but the logs say {residual}")
         wrong += [f"{heading}: {cell} is not in the table" for cell in missing]
     return wrong
 
@@ -191,13 +192,17 @@ def wrong_in_results(text: str, results: Path) -> list[str]:
 NETWORKS = {
     "residual": "residual", "skipless, identity init (ours)": "skipless-identity",
     "skipless, paper's init": "skipless-paper", "skipless, usual init": "skipless-default",
+    "skips around attention only, MLPs as ours": "attention-skip-identity",
 }  # fmt: skip
 LENGTHS = {"5": "tiny-imagenet", "20": "tiny-imagenet-long", "40": "tiny-imagenet-40"}
+HALVES = {"5": "halves", "20": "halves-20"}
 
 
 def wrong_in_readme(text: str, results: Path) -> list[str]:
     wrong = []
     facts = {epochs: facts_of(results / name) for epochs, name in LENGTHS.items()}
+    for epochs, name in HALVES.items():
+        facts[epochs] |= facts_of(results / name)
     for (_, network), *row in read_tables(text)["Results"]:
         for title, cell in row:
             blocks, epochs = re.fullmatch(r"(\d+) blocks, (\d+)( epochs)?", title).groups()[:2]
@@ -270,7 +275,7 @@ def test_a_wrong_figure_or_log_of_the_readme_is_noticed(tmp_path):
     for figure in re.findall(r"\d+\.\d", text[text.index("| residual | ") :].split("\n\n")[0]):
         changed = text.replace(f"| {figure} |", f"| {float(figure) + 0.1:.1f} |")
         assert wrong_in_readme(changed, ROOT / "results"), figure
-    for name in LENGTHS.values():
+    for name in [*LENGTHS.values(), *HALVES.values()]:
         shutil.copytree(ROOT / "results" / name, tmp_path / name)
     log = tmp_path / "tiny-imagenet-40/full/skipless-identity-12-soap-lr0.01-seed1/log.jsonl"
     log.write_text(
