@@ -122,7 +122,7 @@ SETTINGS = dict(
         "of the teacher at the start, rising to 1: it averages the last 1 / (1 - m) steps; short "
         "runs want less"),
     knn_every=       (3,        10,       COUNT,         "epochs between two k-NN measurements"),
-    workers=         (CORES - 1, CORES,    WORKERS,       "processes that load images"),
+    workers=         (min(7, CORES - 1), CORES,    WORKERS,       "processes that load images"),
 ) | COMMON  # fmt: skip
 
 # The init of --skipless, by model: ours, but the paper's where it was published.

@@ -43,7 +43,7 @@ def arm_of(args: argparse.Namespace) -> str:
 
 
 def parts_of(arm: str) -> tuple[str, dict[str, str]]:
-    """An arm's name without its variants, and these: norm, attention and activation."""
+    """An arm's name without its variants, and these: norm, attention and so on."""
     start, *words = arm.split("+")
     return start, {name: word for word in words for name in CHOICES if word in CHOICES[name]}
 

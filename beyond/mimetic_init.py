@@ -26,8 +26,9 @@ def negative_value_output_projections(
     dim: int, generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """W_V = U sqrt(S) and W_O = sqrt(S) V^T, each (dim, dim); alpha_2 Z - beta_2 I = U S V^T."""
-    Z = torch.randn(dim, dim, generator=generator) / dim**0.5
-    U, S, V_T = torch.linalg.svd(ALPHA_2 * Z - BETA_2 * torch.eye(dim))
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    Z = torch.randn(dim, dim, generator=generator, dtype=dtype) / dim**0.5
+    U, S, V_T = torch.linalg.svd(ALPHA_2 * Z - BETA_2 * torch.eye(dim, dtype=dtype))
     return U * S.sqrt(), S.sqrt()[:, None] * V_T
 
 

@@ -219,7 +219,7 @@ def both_sets(data: Path | None, classes: int, device: torch.device, until: floa
     limit = IMAGES[device.type]
     sets = Shapes("train", limit, SIZE), Shapes("val", limit // 5, SIZE)
     if data:
-        sets = image_folders(str(data), check=False)
+        sets = image_folders(str(data), check=False, image_size=SIZE)
         for folder in sets:
             folder.samples = [(path, label) for path, label in folder.samples if label < classes]
     begun = time.monotonic()
@@ -453,7 +453,12 @@ def main() -> None:
     p, begun = Parser(__doc__), time.monotonic()
     out = Path(time.strftime("runs/first-gpu-%Y%m%d-%H%M%S"))
     add = p.add_argument
-    add("--minutes", type=POSITIVE, default=12, help="all that it may take [12]")
+    add(
+        "--minutes",
+        type=POSITIVE,
+        default=12,
+        help="all that it may take, but to list DATA [12]",
+    )
     add("--data", type=PATH, help="photographs: train/<class>/* and val/<class>/* [synthetic ones]")
     add("--classes", type=COUNT, default=20, help="the first classes of --data [20]")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")

@@ -140,9 +140,9 @@ def soap(p: Parser) -> None:
 
     All get the same gradients for the blocks of a ViT. First the parts of our SOAP's step: moments
     alone, what products with factors and bases add to them, and what refreshing every basis adds to
-    these. Then all three: a turn is ten steps, of which one refreshes, as in training on a CPU.
+    these. Then all three: a turn is ten steps, of which one refreshes all bases.
     Then how much longer the longest step is than the median one, with all refreshes in one step and
-    with staggered ones, as in training on a GPU.
+    with staggered ones, as in training.
     """
     p.add_argument("--model", choices=PRESETS, default="nano", help="size of the ViT [nano]")
     p.add_argument("--tens", type=REPEATS, default=6, help="turns of ten steps to time [6]")

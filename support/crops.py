@@ -116,7 +116,7 @@ def blurred(images: Tensor, sigma: Tensor) -> Tensor:
         across, along = kernel.shape[-1] // 2, kernel.shape[-2] // 2
         padded = F.pad(x, (across, across, along, along), mode="reflect")
         x = F.conv2d(padded, kernel, groups=len(kernel))
-    return x.view_as(images)
+    return x.reshape(images.shape)
 
 
 def recoloured(images: Tensor, changes: Tensor) -> Tensor:

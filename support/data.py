@@ -37,10 +37,11 @@ from support.processes import progress, say
 
 
 def cores() -> int:
-    """Processor cores for each of the processes that torchrun started on this machine."""
+    """Processor cores for each of the processes that torchrun started on this machine, 16 at most:
+    so many loaders feed a GPU, and each holds two batches in shared memory."""
     can_tell = hasattr(os, "sched_getaffinity")  # not on macOS; a batch system may grant only some
     granted = len(os.sched_getaffinity(0)) if can_tell else os.cpu_count() or 1
-    return max(1, granted // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return min(16, max(1, granted // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 CORES = cores()
@@ -94,7 +95,7 @@ def open_rgb(path: str, image_size: int | None = None) -> Image.Image:
 
     image_size: of what is to be cut out of it and resized. A JPEG whose sides are 8 times as long
     or more is decoded at a half, a quarter or an eighth of its size, but not below 4 times: a crop
-    of a twelfth of the area is then still reduced, not enlarged.
+    of a twelfth of the area is then hardly enlarged.
 
     Greyscale and palette images are converted; 16 bits per pixel are scaled to 8, because Pillow
     would clip them. Transparent images are laid on (124, 116, 104), ImageNet's mean grey, on which

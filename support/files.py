@@ -19,7 +19,7 @@ except ImportError:  # on Windows
 
 from support.errors import UserError
 
-FORMAT = "minskip-7"
+FORMAT = "minskip-8"
 
 
 def write_atomically(path: Path, write: Callable[[Path], None], needed: bool = True) -> None:

@@ -142,7 +142,7 @@ class Run:
 
     def measuring(self, loader: DataLoader) -> Iterator[list]:
         """The batches of an evaluation, which a signal interrupts as it does the training."""
-        return self.watched(progress(loader, "measuring"), len(loader))
+        yield from self.watched(progress(loader, "measuring"), len(loader))
 
     def watched(self, batches: Iterable, total: int) -> Iterator:
         """Batches, and every few seconds a look whether to stop, in all processes after the same.
@@ -291,7 +291,7 @@ class Run:
         say(f"files   {self.out}")
         flags = "flags   " + " ".join(f"{k}={v}" for k, v in sorted(self.facts["args"].items()))
         say(textwrap.fill(flags, 100, subsequent_indent=8 * " ", break_on_hyphens=False))
-        if a.init != "default" and not a.skipless:
+        if a.init in ("paper", "identity") and not a.skipless:
             say(f"note    --init {a.init} without --skipless: a residual network starts from it")
         if len(self.batches) < 10:
             say("note    fewer than ten steps in an epoch: a smaller --batch-size learns more")

@@ -332,6 +332,7 @@ def test_loaders_share_the_cores_that_are_granted(monkeypatch):
         data_module.os, "sched_getaffinity", lambda _: set(range(11)), raising=False
     )
     assert data_module.cores() == 11
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # as torchrun says
     assert data_module.cores() == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
