@@ -195,7 +195,7 @@ NETWORKS = {
     "skips around attention only, MLPs as ours": "attention-skip-identity",
 }  # fmt: skip
 LENGTHS = {"5": "tiny-imagenet", "20": "tiny-imagenet-long", "40": "tiny-imagenet-40"}
-HALVES = {"5": "halves", "20": "halves-20"}
+HALVES = {"5": "halves", "20": "halves-20", "40": "halves-40"}
 
 
 def wrong_in_readme(text: str, results: Path) -> list[str]:
