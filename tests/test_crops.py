@@ -83,6 +83,7 @@ def test_the_augmentation_is_dinos_for_vit_s():
     jitter, sigma, marks = drawn[..., :4], drawn[..., 4], drawn[..., 5:]
     jittered = (jitter != torch.tensor([1, 1, 1, 0])).any(-1)
     assert jittered.float().mean().item() == pytest.approx(0.8, abs=0.01)
+    assert jittered.float().T.corrcoef().fill_diagonal_(0).abs().max() < 0.1  # crop by crop
     low, high = jitter.amin(dim=(0, 1)).tolist(), jitter.amax(dim=(0, 1)).tolist()
     assert low == pytest.approx([0.6, 0.6, 0.8, -0.1], abs=2e-3)
     assert high == pytest.approx([1.4, 1.4, 1.2, 0.1], abs=2e-3)
