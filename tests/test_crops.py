@@ -1,11 +1,15 @@
 """DINO's crops and their colours: each image of a batch as torchvision changes it alone."""
 
+import argparse
+
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tv
 
+import train_cls
+import train_ssl
 from support import data
 from support.crops import BLURRED_FROM, MultiCrop, blurred, grey_of, recoloured, turned_hue
 from support.shapes import Shapes
@@ -145,3 +149,10 @@ def test_resizing_is_pillow_s():
     theirs = v2.Resize(24, interpolation=InterpolationMode.BICUBIC)(image)
     apart = (to_val(image).int() - tv.pil_to_tensor(theirs).int()).abs()
     assert apart.max() <= 1
+
+
+@pytest.mark.parametrize("load", [train_cls.both_sets, train_ssl.load_sets])
+def test_trainers_decode_for_their_image_size(load, image_root):
+    args = argparse.Namespace(data=str(image_root), image_size=13)
+    for folder in load(args):
+        assert folder.loader.keywords == {"image_size": 13}
