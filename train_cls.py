@@ -25,11 +25,10 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import v2
 
-from beyond.arms import arm_of, new_settings, say_twin, start_from_, trained_vit
-from beyond.identity_init import NEEDS, hold_pairs, identity_init_
-from beyond.mimetic_init import mimetic_init_
-from beyond.variants import CHOICES, start_, vary_
-from minskip import PRESETS, ViT, conditioned_init_
+from beyond.arms import arm_of, initialise_, new_settings, say_twin, start_from_, trained_vit
+from beyond.identity_init import NEEDS, hold_pairs
+from beyond.variants import CHOICES, vary_
+from minskip import PRESETS, ViT
 from soap import SOAP
 from support import processes
 from support.data import (
@@ -215,13 +214,7 @@ def build_network(args: argparse.Namespace, num_classes: int) -> ViT:
         )
         # Other norms, attentions and so on, if asked for; the defaults change nothing.
         vary_(model, **{part: vars(args)[part] for part in CHOICES})
-        if args.init == "paper":
-            conditioned_init_(model, args.alpha, args.beta, args.c)
-        elif args.init == "identity":
-            identity_init_(model)
-        elif args.init == "mimetic":
-            mimetic_init_(model)
-        return start_(model)  # the initial weights of those other parts
+        return initialise_(model, args.init, args.alpha, args.beta, args.c)
     except ValueError as error:
         raise UserError(str(error)) from error
 
