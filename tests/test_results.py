@@ -229,6 +229,21 @@ def test_the_table_of_soap_is_what_the_logs_say():
         assert not check_row(row, dict(val=[read_log(path)[-1]["top1"] for path in paths])), name
 
 
+def test_three_times_longer_matches_the_training_loss_only():
+    text, results = (ROOT / "results/README.md").read_text(), ROOT / "results"
+    section = text.split("### Beside SimplEsT-ViT")[1].split("\n## ")[0].replace("\n", " ")
+    says = re.search(
+        r"loss ([\d.]+) and ([\d.]+), .*loss ([\d.]+) and ([\d.]+), top-1 (.+) and (.+?)\.\s",
+        section,
+    )
+    names = "tiny-imagenet/full/residual-12-soap", "neighbours/full/skipless-paper+none+e-spa+tat"
+    rows = [[read_log(log)[epoch - 1] for log in results.glob(f"{name}*/log.jsonl")]
+            for name, epoch in zip(names, (4, 12))]  # fmt: skip
+    for i, key in enumerate(("loss", "val_loss", "top1")):
+        for figure, seeds in zip(says.groups()[2 * i :], rows):
+            assert len(seeds) == 3 and agrees(figure, mean(row[key] for row in seeds)), key
+
+
 def test_the_table_of_the_readme_is_what_the_logs_say():
     assert wrong_in_readme((ROOT / "README.md").read_text(), ROOT / "results") == []
 
