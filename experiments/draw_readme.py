@@ -1,14 +1,16 @@
-"""Draws the two pictures of the README, in seconds, from fresh networks and from logs.
+"""Draws the pictures of the README, in seconds, from fresh networks and from logs.
 
     python experiments/draw_readme.py
 
-schematic.png in results/readme/ shows where a block without skips carries its input, and skips.png
-what skips and inits do to tokens, gradients and accuracy.
+In results/readme/, schematic.png shows where a block without skips carries its input, skips.png
+what skips and inits do to tokens, gradients and accuracy, and lengths.png how far networks are
+ahead of residual ones by length of training.
 """
 
 import sys
 from itertools import product
 from pathlib import Path
+from statistics import mean, variance
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,17 @@ from support.pictures import ARM_COLOURS, MaxNLocator, label_ends, plt, save_fig
 from support.shapes import draw_shapes
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
+# epochs -> folder of the runs; label -> arm, its runs, the residual ones beside them, and its look
+NANO = {5: "tiny-imagenet", 20: "tiny-imagenet-long", 40: "tiny-imagenet-40"}
+HALVES = {5: "halves", 20: "halves-20", 40: "halves-40"}
+LENGTHS = {
+    "skips around attention only": (
+        "attention-skip-identity", HALVES, NANO, dict(color="#5e3c99", fmt="s-")
+    ),
+    "without skips, identity init": (
+        "skipless-identity", NANO, NANO, dict(color=ARM_COLOURS["skipless-identity"], fmt="o-")
+    ),
+}  # fmt: skip
 CARRIES, MIXES, INK = ARM_COLOURS["skipless-identity"], "#e3e3e3", "#333333"
 
 
@@ -75,6 +88,32 @@ def draw_skips(path: Path) -> None:
         ax.set_xlabel("epoch" if ax is axes[2] else "block, before training")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 3, 10]))
     label_ends(ax, lines, apart=0.07)
+    save_figure(figure, path)
+
+
+def last_accuracies(folder: str, arm: str) -> list[float]:
+    """Top-1 on val after the last epoch, of each seed."""
+    logs = RESULTS.glob(f"{folder}/full/{arm}-12-soap-*/log.jsonl")
+    return [read_log(log)[-1]["top1"] for log in logs]
+
+
+def draw_lengths(path: Path) -> None:
+    """Top-1 minus residual's after so many epochs, and the standard error of this difference."""
+    figure, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    lines = {}
+    for label, (arm, folders, residuals, look) in LENGTHS.items():
+        points = []
+        for (epochs, folder), reference in zip(folders.items(), residuals.values()):
+            own, other = last_accuracies(folder, arm), last_accuracies(reference, "residual")
+            error = (variance(own) / len(own) + variance(other) / len(other)) ** 0.5
+            points.append((epochs, mean(own) - mean(other), error))
+        x, gap, error = zip(*points)
+        lines[label], *_ = ax.errorbar(x, gap, error, **look, capsize=3, lw=2, markersize=5)
+    ax.axhline(0, color=ARM_COLOURS["residual"], lw=2)
+    ax.set(xscale="log", xticks=list(NANO), xticklabels=list(NANO), xlabel="epochs")
+    ax.minorticks_off()
+    tidy(ax, "points of top-1 ahead of the residual network (0)")
+    ax.legend(lines.values(), lines, fontsize=8, frameon=False)
     save_figure(figure, path)
 
 
@@ -153,3 +192,4 @@ def draw_schematic(path: Path) -> None:
 if __name__ == "__main__":
     draw_schematic(RESULTS / "readme/schematic.png")
     draw_skips(RESULTS / "readme/skips.png")
+    draw_lengths(RESULTS / "readme/lengths.png")
