@@ -229,6 +229,18 @@ def test_the_table_of_soap_is_what_the_logs_say():
         assert not check_row(row, dict(val=[read_log(path)[-1]["top1"] for path in paths])), name
 
 
+def test_the_table_of_ideas_is_what_the_logs_say():
+    results = ROOT / "results"
+    section = (results / "README.md").read_text().split("### What attention lacks")[1]
+    [rows] = read_tables("## ideas" + section.split("\n## ")[0]).values()
+    assert {dict(row)["log"] for row in rows} == {x.stem for x in results.glob("ideas/*.jsonl")}
+    for row in rows:
+        last, printed = read_log(results / f"ideas/{dict(row)['log']}.jsonl")[-1], dict(row)
+        found = [last[key] for key in ("epoch", "top1", "val_loss", "loss")]
+        says = ["20", *(printed[title] for title in ("top-1, %", "val loss", "training loss"))]
+        assert all(map(agrees, says, found)), (says, found)
+
+
 def test_three_times_longer_matches_the_training_loss_only():
     text, results = (ROOT / "results/README.md").read_text(), ROOT / "results"
     section = text.split("### Beside SimplEsT-ViT")[1].split("\n## ")[0].replace("\n", " ")
