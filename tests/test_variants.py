@@ -269,6 +269,11 @@ def test_the_table_of_starts(name, activation):
         ):
             assert torch.allclose(product.T @ product, torch.eye(DIM), atol=1e-4) == orthogonal
         assert activation == "gelu" or mlp.activation.slope == tat_slope(3)
+        usual = [mlp.fc1] if activation == "gelu" and mlps != "orthogonal" else []
+        usual += [a.W_own] if name == "own" else []
+        for linear in usual:
+            assert linear.weight.std().item() == pytest.approx(0.02, rel=0.1)
+            assert linear.bias.abs().max() == 0
 
 
 @pytest.mark.parametrize(
