@@ -79,8 +79,7 @@ CONDITIONS = ["k(K)", "k(K+I)", "k(MLP)", "k(MLP+I)"]
 def attention_of(attention: Attention, y: Tensor) -> Tensor:
     """attention(y), y (token, dim), without the fused kernel, which has no second derivative."""
     mixed = attention.weights(y[None]) @ attention.queries_keys_values(y[None])[2]
-    mixed = attention.W_O(rearrange(mixed, "1 head token dim -> token (head dim)"))
-    return mixed + attention.W_own(y) if hasattr(attention, "W_own") else mixed
+    return attention.W_O(rearrange(mixed, "1 head token dim -> token (head dim)"))
 
 
 def attention_jacobian(attention: Attention, y: Tensor) -> Tensor:

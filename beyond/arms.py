@@ -92,8 +92,7 @@ def complete(args: argparse.Namespace, given: Iterable[str], init_of: dict[str, 
 
     W_Q, _, W_V, _ = STARTS[args.attention]
     if args.skipless:
-        ours = differing(vars(args)) in ({}, dict(attention="own"))
-        init = init_of[args.model] if ours else "paper"
+        init = "paper" if differing(vars(args)) else init_of[args.model]
         imply(init=init, drop_path=0.0)  # a dropped sub-block would leave nothing of the image
     if args.norm == "none" or W_V == "orthogonal":
         imply(c=1.0)  # no norm cancels it: c = 3 would make tokens of size 1e9

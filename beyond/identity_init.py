@@ -34,13 +34,6 @@ the keepers' b, where training has n_0 tokens. That is 0 at n_0, and keeps delta
 LayerNorm. A gain and shift in the blocks would multiply what passes through, 2 L times (in a
 residual network they touch only the branch), so the blocks have none.
 
-Attention again, "own". Keepers and fetchers share d values. Three quarters of them keep, so few are
-left to fetch, which costs little in short training and much in long. With `--attention own`
-(`beyond/variants.py`) a matrix beside the heads keeps, W_own = 2 l I at the start, and all heads
-start in the usual way and fetch, as those of a residual network do. Its size matters: beside I
-alone, attention's output soon outweighs what is kept. This is no longer the standard block: a
-learned matrix stands where attention's skip was.
-
 Training, "hold". The optimizer would overwrite the identity path as fast as anything else, because
 Adam and SOAP move every entry by about lr. So we scale the pairs' updates by 0.1 (`hold_pairs`).
 Keepers and fetchers need no such help: beside entries as large as c, a step is small.
@@ -129,9 +122,8 @@ def mirrored_pairs(
 def identity_init_(model: nn.Module, generator: torch.Generator | None = None) -> nn.Module:
     """Re-initialise all blocks of a `minskip.ViT`, in place, by the equations above.
 
-    W_Q and W_K keep their small default weights, and so do W_V and W_O beside a W_own, and a half
-    that alone keeps its skip; the other biases become zero. To train the network, call `hold_pairs`
-    too.
+    W_Q and W_K keep their small default weights, and a half that alone keeps its skip keeps all of
+    them; the other biases become zero. To train the network, call `hold_pairs` too.
 
     Args:
         model: a ViT built with diagonal_bias=True and norm_affine=False. A class token works too:
@@ -148,9 +140,7 @@ def identity_init_(model: nn.Module, generator: torch.Generator | None = None) -
     for number, block in enumerate(blocks, start=1):
         attention, fc1, fc2 = block.attention, block.mlp.fc1, block.mlp.fc2
         d, heads = fc1.in_features, attention.num_heads
-        if hasattr(attention, "W_own"):  # then all heads fetch
-            set_linear_(attention.W_own, 2 * number * torch.eye(d))
-        elif block.skips != ("attention",):
+        if block.skips != ("attention",):
             if heads < 2:
                 raise ValueError("the identity init needs two heads or more: keepers and fetchers")
             W_V, W_O = keepers_and_fetchers(d, heads, generator)
@@ -172,16 +162,15 @@ def hold_pairs(
     model: nn.Module | Sequence[tuple[nn.Linear, nn.Linear]],
     factor: float = 0.1,
 ) -> None:
-    """From now on scale each of the optimizer's updates of the mirrored pairs and of W_own, weight
-    decay included, by `factor`. All other weights are updated as usual.
+    """From now on scale each of the optimizer's updates of the mirrored pairs, weight decay
+    included, by `factor`. All other weights are updated as usual.
 
     model: anything with `.blocks` that have `mlp.fc1` and `mlp.fc2`, such as `minskip.ViT` or a
         timm ViT; or, for other models, a list of each block's (fc1, fc2).
     """
-    pairs = []  # and W_own
     if isinstance(model, nn.Module):
-        pairs += [p.detach() for name, p in model.named_parameters() if "W_own" in name]
         model = [(block.mlp.fc1, block.mlp.fc2) for block in model.blocks]
+    pairs = []
     for fc1, fc2 in model:
         width = 2 * fc1.in_features
         for part in (fc1.weight[:width], fc1.bias[:width], fc2.weight[:, :width]):

@@ -11,9 +11,7 @@ placement   `pre` is x + f(norm(x)); `post` is norm(x + f(x)), the transformer o
             skips the two are the same network, counted from another norm.
 shortcut    `constant` is x + f(x); `decreasing` is w x + f(x), where w falls with depth
 attention   tokens are mixed by a matrix A (n x n) per head. In `softmax`, A is
-            P = softmax(q k^T / sqrt(d_h)). `own` adds to its output x W_own, a matrix that keeps a
-            token's own content, so that all values are free to bring that of others. The rest
-            start as a matrix A that loses less:
+            P = softmax(q k^T / sqrt(d_h)); the others start as a matrix that loses less:
                 value-skipinit  A = alpha I + beta P, at first alpha = 1, beta = 0: A = I
                 shaped          A = alpha I + beta P - gamma 11^T / n, at first all 1: A = I
                 u-spa, e-spa    "shaped to preserve attention", A = D softmax(q k^T / sqrt(d_h) + B)
@@ -24,8 +22,7 @@ activation  `gelu`; `tat` ("tailored activation transformation"), a leaky ReLU. 
             a mean makes tokens more alike in every block; its slope limits that to a chosen degree.
 
 Sources: value-skipinit, u-spa, e-spa: He et al. 2023 (arXiv 2302.10322; theirs are causal, the
-forms for tokens that all see each other are ours). own: the root weight of attention in
-graph networks (Shi et al. 2021, arXiv 2009.03509). shaped: Noci et al. 2023 (arXiv 2306.17759);
+forms for tokens that all see each other are ours). shaped: Noci et al. 2023 (arXiv 2306.17759);
 with one alpha, beta, gamma per head: He and Hofmann 2023 (arXiv 2311.01906). DyT: Zhu et al. 2025
 (arXiv 2503.10622). Derf: Chen et al. 2025 (arXiv 2512.10938). What DyT and Derf do to gradients:
 arXiv 2604.11890. Decreasing shortcuts: Zhang et al. 2024 (arXiv 2404.10947). TAT: Zhang et al. 2022
@@ -43,7 +40,6 @@ from scipy.optimize import brentq
 from torch import Tensor, nn
 
 from minskip import (
-    MLP,
     Attention,
     Block,
     ViT,
@@ -133,20 +129,6 @@ class DecreasingBlock(Block):
 def per_head(numbers: Tensor) -> Tensor:
     """One number per head, (head,), to multiply (batch, head, token, ...)."""
     return numbers[:, None, None]
-
-
-class Own(Attention):
-    """attention(x) + x W_own. `beyond/identity_init.py` starts W_own as a multiple of I.
-
-    W_own's d^2 weights are taken from the MLP, to which `vary_` gives d / 2 hidden units less.
-    """
-
-    def __init__(self, dim: int, num_heads: int):
-        super().__init__(dim, num_heads)
-        self.W_own = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.W_own(x)
 
 
 class ValueSkipInit(Attention):
@@ -335,7 +317,6 @@ class LeakyTAT(nn.Module):
 STARTS = {
     #                  W_Q          W_K          W_V and W_O   fc1 and fc2
     "softmax":        ("as --init", "as --init", "as --init",  "as --init"),
-    "own":            ("as --init", "as --init", "as --init",  "as --init"),
     "value-skipinit": ("as --init", "as --init", "orthogonal", "orthogonal"),
     "shaped":         ("zero",      "as --init", "orthogonal", "orthogonal"),
     "u-spa":          ("zero",      "as --init", "orthogonal", "orthogonal"),
@@ -373,16 +354,12 @@ def vary_(
         raise ValueError("tat's slope is computed for a network without skips")
     if shortcut == "decreasing" and (model.config["residual"] is not True or placement == "post"):
         raise ValueError("decreasing shortcuts need all skips, and norms before the sub-blocks")
-    if attention == "own" and model.config["residual"]:
-        raise ValueError("own attention keeps what a skip would; it is for networks without skips")
-    if model.config["diagonal_bias"] and changed not in ({}, dict(attention="own")):
+    if model.config["diagonal_bias"] and changed:
         raise ValueError("the identity init needs the standard LayerNorm, attention and GELU")
     weights = torch.linspace(1, LAST_SHORTCUT, 2 * len(blocks), device="cpu").view(-1, 2).tolist()
     for block, pair in zip(blocks, weights):
         if shortcut == "decreasing":
             block.__class__, block.shortcuts = DecreasingBlock, pair
-        if attention == "own":
-            block.mlp = MLP(dim, block.mlp.fc1.out_features - dim // 2)
         if norm != "layernorm":
             block.norm1, block.norm2 = NORMS[norm](dim), NORMS[norm](dim)
         if placement == "post":
@@ -397,13 +374,11 @@ def vary_(
         for before, now in pairwise(kernels(attention, len(blocks), side, side)):
             replacements.append(SPA(dim, num_heads, attention, now, before, model.grid))
     elif attention != "softmax":
-        kind = {"own": Own, "value-skipinit": ValueSkipInit, "shaped": Shaped}[attention]
+        kind = {"value-skipinit": ValueSkipInit, "shaped": Shaped}[attention]
         replacements = [kind(dim, num_heads) for _ in blocks]
     for block, replacement in zip(blocks, replacements):
         replacement.load_state_dict(block.attention.state_dict(), strict=False)
         block.attention = replacement
-    if attention == "own":
-        model.default_init_()  # its MLPs and W_own are new
     if norm == "none":
         model.embed_norm = LayerNorm(dim)
     elif norm != "layernorm":

@@ -83,8 +83,8 @@ def passes_computed_twice(monkeypatch) -> list:
 
 
 def share_of(name: str, p) -> torch.Tensor:
-    """Of a step, what each entry takes with the identity init: pairs and W_own a tenth."""
-    share = torch.full_like(p, 0.1 if "W_own" in name else 1.0)
+    """Of a step, what each entry takes with the identity init: the pairs a tenth."""
+    share = torch.ones_like(p)
     if "fc1" in name:
         share[:128] = 0.1
     elif name.endswith("fc2.weight"):

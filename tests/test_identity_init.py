@@ -10,7 +10,6 @@ from conftest import correlation, share_of
 from torch import nn
 
 from beyond.identity_init import COUNTS_ON, NEEDS, hold_pairs, identity_init_
-from beyond.variants import vary_
 from minskip import ViT, conditioned_init_
 from soap import SOAP
 from support.data import normalise
@@ -66,23 +65,6 @@ def test_keepers_pass_tokens_on_and_fetchers_bring_the_mean(depth, dim, num_head
         assert torch.allclose(frame.T @ frame, torch.eye(dim - kept), atol=1e-5)
         fetched = c2 * x[0].mean(0) @ frame
         assert torch.allclose(y[:, kept:], fetched.expand(n, -1), rtol=1e-4, atol=1e-5 * c2)
-
-
-def test_own_attention_keeps_2_l_x_and_leaves_all_heads_to_the_usual_init():
-    """With the weights of the standard block: W_own's d^2 are those of d / 2 hidden units."""
-    d, number = 64, 5
-    standard, model = network(24), identity_init_(vary_(network(24), attention="own"))
-    attention, mlp = model.blocks[number - 1].attention, model.blocks[number - 1].mlp
-    x = F.layer_norm(torch.randn(3, 9, d), (d,))
-    with torch.no_grad():
-        heads = attention(x) - 2 * number * x  # all of them fetch, quietly: .02^2 d is .026
-        assert 0 < heads.std() < 0.02 and attention.diagonal_bias is None
-        free = F.gelu(x @ mlp.fc1.weight.T[:, 2 * d :]) @ mlp.fc2.weight.T[2 * d :]
-        torch.testing.assert_close(mlp(x) - free, 2 * number * x, rtol=1e-4, atol=1e-4)
-        for linear in (attention.W_Q, attention.W_K, attention.W_V, attention.W_O):
-            assert linear.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    weights = [sum(p.numel() for p in net.parameters() if p.ndim == 2) for net in (standard, model)]
-    assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize(
@@ -185,14 +167,11 @@ def test_all_weights_are_drawn_by_the_generator_and_old_biases_are_cleared():
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize(
-    "kind, attention", [(SOAP, "softmax"), (SOAP, "own"), (torch.optim.AdamW, "as a list")]
-)
-def test_what_keeps_takes_a_tenth_of_each_step_and_all_else_the_whole(kind, attention):
+@pytest.mark.parametrize("kind, as_list", [(SOAP, False), (torch.optim.AdamW, True)])
+def test_pairs_take_a_tenth_of_each_step_and_all_else_the_whole(kind, as_list):
     """Weight decay included: two optimizers, one of them held, on the same network's gradients."""
     images, labels, _ = draw_shapes(list(range(4)), 32, "val")
-    as_list = attention == "as a list"
-    model = identity_init_(vary_(network(2), attention="softmax" if as_list else attention))
+    model = identity_init_(network(2))
     twin = copy.deepcopy(model)
     held, free = (kind(net.parameters(), lr=1e-2, weight_decay=0.5) for net in (model, twin))
     hold_pairs(held, [(b.mlp.fc1, b.mlp.fc2) for b in model.blocks] if as_list else model)
