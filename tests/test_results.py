@@ -11,7 +11,11 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
+import torch
 from conftest import ROOT
+
+from beyond.arms import fresh_arm
+from minskip import PRESETS
 
 FOLDERS = {  # heading in results/README.md -> folder of its logs
     "Tiny-ImageNet, with labels": "tiny-imagenet",
@@ -239,6 +243,21 @@ def test_the_table_of_ideas_is_what_the_logs_say():
         found = [last[key] for key in ("epoch", "top1", "val_loss", "loss")]
         says = ["20", *(printed[title] for title in ("top-1, %", "val loss", "training loss"))]
         assert all(map(agrees, says, found)), (says, found)
+
+
+def test_the_snippet_that_measures_what_moved(tmp_path, monkeypatch, capsys):
+    """0 before training; with one unit of a pair twice as large in block 12, not there any more."""
+    [snippet] = re.findall(r"```python\n(.*?)```", (ROOT / "results/README.md").read_text(), re.S)
+    model = fresh_arm("skipless-identity", image_size=16, patch_size=8, **PRESETS["nano"])
+    monkeypatch.chdir(tmp_path)
+    Path("RUN").mkdir()
+    for larger in (1, 2):
+        with torch.no_grad():
+            model.blocks[11].mlp.fc2.weight[:, 7] *= larger
+        torch.save(dict(model=model.state_dict()), "RUN/last.pt")
+        exec(snippet, {})
+    moved = [float(line) for line in capsys.readouterr().out.split()]
+    assert max(moved[:7]) < 1e-5 and 0.01 < moved[7] < 0.2
 
 
 def test_three_times_longer_matches_the_training_loss_only():
