@@ -237,7 +237,13 @@ def test_the_table_of_ideas_is_what_the_logs_say():
     results = ROOT / "results"
     section = (results / "README.md").read_text().split("### What attention lacks")[1]
     [rows] = read_tables("## ideas" + section.split("\n## ")[0]).values()
-    assert {dict(row)["log"] for row in rows} == {x.stem for x in results.glob("ideas/*.jsonl")}
+    logs = {x.stem: read_log(x)[-1] for x in results.glob("ideas/*.jsonl")}
+    assert {dict(row)["log"] for row in rows} == {x for x in logs if "val" not in x}
+    of_val = re.findall(r"([\d.]+) \(([\d.]+) \.\. ([\d.]+)\) after (\d+)", section)
+    assert len(of_val) == 2
+    for *says, epochs in of_val:
+        val = [log["top1"] for name, log in logs.items() if f"own-val-{epochs}-" in name]
+        assert len(val) == 3 and all(map(agrees, says, (mean(val), min(val), max(val)))), says
     for row in rows:
         last, printed = read_log(results / f"ideas/{dict(row)['log']}.jsonl")[-1], dict(row)
         found = [last[key] for key in ("epoch", "top1", "val_loss", "loss")]
