@@ -30,7 +30,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 NANO = {5: "tiny-imagenet", 20: "tiny-imagenet-long", 40: "tiny-imagenet-40"}
 HALVES = {5: "halves", 20: "halves-20", 40: "halves-40"}
 LENGTHS = {
-    "skips around attention only": (
+    "skips around attention only, pairs in the MLP": (
         "attention-skip-identity", HALVES, NANO, dict(color="#5e3c99", fmt="s-")
     ),
     "without skips, identity init": (
