@@ -20,6 +20,7 @@ from minskip import PRESETS
 FOLDERS = {  # heading in results/README.md -> folder of its logs
     "Tiny-ImageNet, with labels": "tiny-imagenet",
     "Tiny-ImageNet, without labels": "dino",
+    "A setting in which DINO learns": "dino-30",
     "The neighbours": "neighbours",
     "Which half needs its skip": "halves",
     "Synthetic images": "shapes",
