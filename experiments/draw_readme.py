@@ -28,6 +28,7 @@ from support.shapes import draw_shapes
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 # epochs -> folder of the runs; label -> arm, its runs, the residual ones beside them, and its look
 NANO = {5: "tiny-imagenet", 20: "tiny-imagenet-long", 40: "tiny-imagenet-40"}
+WIDER = {5: "width-192"}
 HALVES = {5: "halves", 20: "halves-20", 40: "halves-40"}
 LENGTHS = {
     "skips around attention only, pairs in the MLP": (
@@ -35,6 +36,9 @@ LENGTHS = {
     ),
     "without skips, identity init": (
         "skipless-identity", NANO, NANO, dict(color=ARM_COLOURS["skipless-identity"], fmt="o-")
+    ),
+    "the same, width 192 instead of 64": (
+        "skipless-identity", WIDER, WIDER, dict(color="#7a2e58", fmt="D")
     ),
 }  # fmt: skip
 CARRIES, MIXES, INK = ARM_COLOURS["skipless-identity"], "#e3e3e3", "#333333"

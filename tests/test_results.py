@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from statistics import mean
+from statistics import mean, variance
 
 import pytest
 import torch
@@ -200,6 +200,7 @@ NETWORKS = {
     "skips around attention only, MLPs as ours": "attention-skip-identity",
 }  # fmt: skip
 LENGTHS = {"5": "tiny-imagenet", "20": "tiny-imagenet-long", "40": "tiny-imagenet-40"}
+WIDER = {"5": "width-192"}
 HALVES = {"5": "halves", "20": "halves-20", "40": "halves-40"}
 
 
@@ -210,8 +211,10 @@ def wrong_in_readme(text: str, results: Path) -> list[str]:
         facts[epochs] |= facts_of(results / name)
     for (_, network), *row in read_tables(text)["Results"]:
         for title, cell in row:
-            blocks, epochs = re.fullmatch(r"(\d+) blocks, (\d+)( epochs)?", title).groups()[:2]
-            found = facts[epochs].get((NETWORKS[network], blocks, "soap"))
+            pattern = r"(?:width (192): )?(\d+) blocks, (\d+)(?: epochs)?"
+            wide, blocks, epochs = re.fullmatch(pattern, title).groups()
+            of_length = facts_of(results / WIDER[epochs]) if wide else facts[epochs]
+            found = of_length.get((NETWORKS[network], blocks, "soap"))
             if not (agrees(cell, mean(found["val"])) if found and cell != "-" else cell == "-"):
                 wrong.append(
                     f"{network}, {title}: {cell}, but the logs say {found and found['val']}"
@@ -224,6 +227,29 @@ def wrong_in_readme(text: str, results: Path) -> list[str]:
 def test_the_tables_of_results_are_what_the_logs_say():
     text = (ROOT / "results/README.md").read_text()
     assert wrong_in_results(text, ROOT / "results") == []
+
+
+def test_the_table_of_lengths_and_widths_is_what_the_logs_say():
+    results, residual, seen = ROOT / "results", [], set()
+    for row in read_tables((results / "README.md").read_text())["Longer and wider"]:
+        (_, arm), (_, width), *row, (_, ahead), (_, error) = row
+        epochs = dict(row)["epochs"]
+        names = [LENGTHS[epochs], HALVES[epochs]] if width == "64" else [WIDER[epochs]]
+        found = [facts_of(results / name).get((arm, "12", "soap")) for name in names]
+        [facts] = filter(None, found)
+        assert not check_row(row, facts), (arm, width, epochs)
+        seen.add((arm, width, epochs))
+        if arm == "residual":
+            residual = facts["val"]
+        else:
+            both = facts["val"], residual
+            gap = mean(both[0]) - mean(both[1])
+            assert agrees(ahead.lstrip("+"), gap) and ahead[0] == ("+" if gap > 0 else "-")
+            assert agrees(error, sum(variance(x) / len(x) for x in both) ** 0.5)
+    assert {(arm, width) for arm, width, _ in seen if arm == "residual"} == {
+        ("residual", "64"),
+        ("residual", "192"),
+    }
 
 
 def test_the_table_of_soap_is_what_the_logs_say():
@@ -326,7 +352,7 @@ def test_a_wrong_figure_or_log_of_the_readme_is_noticed(tmp_path):
     for figure in re.findall(r"\d+\.\d", text[text.index("| residual | ") :].split("\n\n")[0]):
         changed = text.replace(f"| {figure} |", f"| {float(figure) + 0.1:.1f} |")
         assert wrong_in_readme(changed, ROOT / "results"), figure
-    for name in [*LENGTHS.values(), *HALVES.values()]:
+    for name in [*LENGTHS.values(), *HALVES.values(), *WIDER.values()]:
         shutil.copytree(ROOT / "results" / name, tmp_path / name)
     log = tmp_path / "tiny-imagenet-40/full/skipless-identity-12-soap-lr0.01-seed1/log.jsonl"
     log.write_text(
