@@ -252,6 +252,14 @@ def test_the_table_of_lengths_and_widths_is_what_the_logs_say():
     }
 
 
+def test_the_table_of_a_reproduction_s_setting_is_what_the_logs_say():
+    results = ROOT / "results"
+    for row in read_tables((results / "README.md").read_text())["A reproduction's setting"]:
+        (_, arm), (_, rate), *row = row
+        paths = results.glob(f"reproduction/{arm}-lr{rate}-seed?/log.jsonl")
+        assert not check_row(row, dict(val=[read_log(path)[-1]["top1"] for path in paths])), arm
+
+
 def test_the_table_of_soap_is_what_the_logs_say():
     results = ROOT / "results"
     for row in read_tables((results / "README.md").read_text())["SOAP"]:
