@@ -331,12 +331,17 @@ def test_loaders_share_the_cores_that_are_granted(monkeypatch):
     monkeypatch.setattr(
         data_module.os, "sched_getaffinity", lambda _: set(range(11)), raising=False
     )
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # whatever started the tests
     assert data_module.cores() == 11
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # as torchrun says
     assert data_module.cores() == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     assert data_module.cores() == 1
+    monkeypatch.setattr(
+        data_module.os, "sched_getaffinity", lambda _: set(range(192)), raising=False
+    )
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert data_module.cores() == 16  # not 24
 
 
 @pytest.mark.parametrize("size, side", [(128, 146), (32, 32)])
