@@ -10,7 +10,6 @@ ahead of residual ones by length of training.
 import sys
 from itertools import product
 from pathlib import Path
-from statistics import mean, variance
 
 import torch
 import torch.nn.functional as F
@@ -67,9 +66,9 @@ def at_initialisation(arm: str) -> tuple[Tensor, Tensor]:
     return torch.tensor(correlations), torch.tensor(gradients)
 
 
-def accuracies(arm: str) -> Tensor:
+def accuracies(arm: str, folder: str = "tiny-imagenet") -> Tensor:
     """Top-1 on val after each epoch, (seed, epoch), of the runs with 12 blocks and SOAP."""
-    logs = sorted(RESULTS.glob(f"tiny-imagenet/full/{arm}-12-soap-*/log.jsonl"))
+    logs = sorted(RESULTS.glob(f"{folder}/full/{arm}-12-soap-*/log.jsonl"))
     return torch.tensor([[row["top1"] for row in read_log(log)] for log in logs])
 
 
@@ -95,23 +94,23 @@ def draw_skips(path: Path) -> None:
     save_figure(figure, path)
 
 
-def last_accuracies(folder: str, arm: str) -> list[float]:
-    """Top-1 on val after the last epoch, of each seed."""
-    logs = RESULTS.glob(f"{folder}/full/{arm}-12-soap-*/log.jsonl")
-    return [read_log(log)[-1]["top1"] for log in logs]
+def ahead(arm: str, folders: dict[int, str], residuals: dict[int, str]) -> Tensor:
+    """Epochs, mean top-1 minus residual's and the standard error of this difference, (length, 3);
+    folders, residuals: epochs -> folder of the arm's and of residual's runs."""
+    points = []
+    for epochs, folder in folders.items():
+        own = accuracies(arm, folder)[:, -1]
+        other = accuracies("residual", residuals[epochs])[:, -1]
+        error = (own.var() / len(own) + other.var() / len(other)).sqrt()
+        points.append([epochs, own.mean() - other.mean(), error])
+    return torch.tensor(points)
 
 
 def draw_lengths(path: Path) -> None:
-    """Top-1 minus residual's after so many epochs, and the standard error of this difference."""
     figure, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     lines = {}
     for label, (arm, folders, residuals, look) in LENGTHS.items():
-        points = []
-        for (epochs, folder), reference in zip(folders.items(), residuals.values()):
-            own, other = last_accuracies(folder, arm), last_accuracies(reference, "residual")
-            error = (variance(own) / len(own) + variance(other) / len(other)) ** 0.5
-            points.append((epochs, mean(own) - mean(other), error))
-        x, gap, error = zip(*points)
+        x, gap, error = ahead(arm, folders, residuals).T
         lines[label], *_ = ax.errorbar(x, gap, error, **look, capsize=3, lw=2, markersize=5)
     ax.axhline(0, color=ARM_COLOURS["residual"], lw=2)
     ax.set(xscale="log", xticks=list(NANO), xticklabels=list(NANO), xlabel="epochs")

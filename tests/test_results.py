@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT
 
 from beyond.arms import fresh_arm
+from experiments import draw_readme
 from minskip import PRESETS
 
 FOLDERS = {  # heading in results/README.md -> folder of its logs
@@ -204,17 +205,24 @@ WIDER = {"5": "width-192"}
 HALVES = {"5": "halves", "20": "halves-20", "40": "halves-40"}
 
 
-def wrong_in_readme(text: str, results: Path) -> list[str]:
-    wrong = []
-    facts = {epochs: facts_of(results / name) for epochs, name in LENGTHS.items()}
+def facts_by_length(results: Path) -> dict[tuple[str, str], dict]:
+    """(width, epochs) -> the facts of all arms that were trained so."""
+    facts = {("64", epochs): facts_of(results / name) for epochs, name in LENGTHS.items()}
+    facts |= {("192", epochs): facts_of(results / name) for epochs, name in WIDER.items()}
     for epochs, name in HALVES.items():
-        facts[epochs] |= facts_of(results / name)
+        more = facts_of(results / name)
+        assert not more.keys() & facts["64", epochs].keys()
+        facts["64", epochs] |= more
+    return facts
+
+
+def wrong_in_readme(text: str, results: Path) -> list[str]:
+    wrong, facts = [], facts_by_length(results)
     for (_, network), *row in read_tables(text)["Results"]:
         for title, cell in row:
             pattern = r"(?:width (192): )?(\d+) blocks, (\d+)(?: epochs)?"
             wide, blocks, epochs = re.fullmatch(pattern, title).groups()
-            of_length = facts_of(results / WIDER[epochs]) if wide else facts[epochs]
-            found = of_length.get((NETWORKS[network], blocks, "soap"))
+            found = facts[wide or "64", epochs].get((NETWORKS[network], blocks, "soap"))
             if not (agrees(cell, mean(found["val"])) if found and cell != "-" else cell == "-"):
                 wrong.append(
                     f"{network}, {title}: {cell}, but the logs say {found and found['val']}"
@@ -230,42 +238,46 @@ def test_the_tables_of_results_are_what_the_logs_say():
 
 
 def test_the_table_of_lengths_and_widths_is_what_the_logs_say():
-    results, residual, seen = ROOT / "results", [], set()
+    results, residual, lengths = ROOT / "results", [], set()
+    by_length = facts_by_length(results)
     for row in read_tables((results / "README.md").read_text())["Longer and wider"]:
         (_, arm), (_, width), *row, (_, ahead), (_, error) = row
         epochs = dict(row)["epochs"]
-        names = [LENGTHS[epochs], HALVES[epochs]] if width == "64" else [WIDER[epochs]]
-        found = [facts_of(results / name).get((arm, "12", "soap")) for name in names]
-        [facts] = filter(None, found)
+        facts = by_length[width, epochs][arm, "12", "soap"]
         assert not check_row(row, facts), (arm, width, epochs)
-        seen.add((arm, width, epochs))
         if arm == "residual":
             residual = facts["val"]
+            lengths.add((width, epochs))
         else:
             both = facts["val"], residual
             gap = mean(both[0]) - mean(both[1])
             assert agrees(ahead.lstrip("+"), gap) and ahead[0] == ("+" if gap > 0 else "-")
             assert agrees(error, sum(variance(x) / len(x) for x in both) ** 0.5)
-    assert {(arm, width) for arm, width, _ in seen if arm == "residual"} == {
-        ("residual", "64"),
-        ("residual", "192"),
-    }
+    assert lengths == set(by_length)
 
 
-def test_the_table_of_a_reproduction_s_setting_is_what_the_logs_say():
+def test_the_picture_of_lengths_shows_that_table():
+    rows = map(dict, read_tables((ROOT / "results/README.md").read_text())["Longer and wider"])
+    table = {(row["arm"], row["width"], row["epochs"]): row for row in rows}
+    for arm, folders, residuals, _ in draw_readme.LENGTHS.values():
+        width = "192" if folders == draw_readme.WIDER else "64"
+        for epochs, *found in draw_readme.ahead(arm, folders, residuals).tolist():
+            row = table[arm, width, f"{epochs:.0f}"]
+            assert agrees(row["ahead of residual"].lstrip("+"), found[0])
+            assert agrees(row["standard error"], found[1])
+
+
+@pytest.mark.parametrize(
+    "heading, runs",
+    [("SOAP", "soap/{logs}-{arm}-?"),
+     ("A reproduction's setting", "reproduction/{arm}-lr{rate}-seed?")],
+)  # fmt: skip
+def test_the_tables_of_single_runs_are_what_the_logs_say(heading, runs):
     results = ROOT / "results"
-    for row in read_tables((results / "README.md").read_text())["A reproduction's setting"]:
-        (_, arm), (_, rate), *row = row
-        paths = results.glob(f"reproduction/{arm}-lr{rate}-seed?/log.jsonl")
-        assert not check_row(row, dict(val=[read_log(path)[-1]["top1"] for path in paths])), arm
-
-
-def test_the_table_of_soap_is_what_the_logs_say():
-    results = ROOT / "results"
-    for row in read_tables((results / "README.md").read_text())["SOAP"]:
-        (_, name), (_, arm), _, *row = row
-        paths = results.glob(f"soap/{name}-{arm}-?/log.jsonl")
-        assert not check_row(row, dict(val=[read_log(path)[-1]["top1"] for path in paths])), name
+    for row in read_tables((results / "README.md").read_text())[heading]:
+        paths = results.glob(runs.format(**dict(row)) + "/log.jsonl")
+        val = [read_log(path)[-1]["top1"] for path in paths]
+        assert not check_row(row[-3:], dict(val=val)), row  # val, range and seeds
 
 
 def test_the_table_of_ideas_is_what_the_logs_say():
@@ -280,8 +292,8 @@ def test_the_table_of_ideas_is_what_the_logs_say():
         val = [log["top1"] for name, log in logs.items() if f"own-val-{epochs}-" in name]
         assert len(val) == 3 and all(map(agrees, says, (mean(val), min(val), max(val)))), says
     for row in rows:
-        last, printed = read_log(results / f"ideas/{dict(row)['log']}.jsonl")[-1], dict(row)
-        found = [last[key] for key in ("epoch", "top1", "val_loss", "loss")]
+        printed = dict(row)
+        found = [logs[printed["log"]][key] for key in ("epoch", "top1", "val_loss", "loss")]
         says = ["20", *(printed[title] for title in ("top-1, %", "val loss", "training loss"))]
         assert all(map(agrees, says, found)), (says, found)
 
