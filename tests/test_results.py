@@ -21,7 +21,6 @@ from minskip import PRESETS
 FOLDERS = {  # heading in results/README.md -> folder of its logs
     "Tiny-ImageNet, with labels": "tiny-imagenet",
     "Tiny-ImageNet, without labels": "dino",
-    "A setting in which DINO learns": "dino-30",
     "The neighbours": "neighbours",
     "Which half needs its skip": "halves",
     "Synthetic images": "shapes",
@@ -265,6 +264,27 @@ def test_the_picture_of_lengths_shows_that_table():
             row = table[arm, width, f"{epochs:.0f}"]
             assert agrees(row["ahead of residual"].lstrip("+"), found[0])
             assert agrees(row["standard error"], found[1])
+
+
+def test_the_table_of_tokens_is_what_the_two_looks_say():
+    results = ROOT / "results"
+    section = (results / "README.md").read_text().split("### What the tokens know")[1]
+    [rows] = read_tables("## tokens" + section.split("\n## ")[0]).values()
+    looks = {"segment": "miou", "discover": "corloc"}
+    for row in rows:
+        arm, *printed = (cell for _, cell in row)
+        found = []
+        for look, figure in looks.items():
+            for path in results.glob(f"dino/tokens/*/{look}.json"):
+                named = json.loads(path.read_text())["results"].items()
+                values = {name: x[figure] for name, x in named if name.startswith(f"{arm}-12-")}
+                if values:
+                    fresh = [x for name, x in values.items() if name.endswith(", untrained")]
+                    trained = [x for name, x in values.items() if "," not in name]
+                    assert len(fresh) == len(trained) == 3
+                    found += [mean(trained), min(trained), max(trained), mean(fresh)]
+        says = " .. ".join(printed).split(" .. ")
+        assert len(says) == len(found) == 8 and all(map(agrees, says, found)), (says, found)
 
 
 @pytest.mark.parametrize(
