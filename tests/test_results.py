@@ -270,19 +270,22 @@ def test_the_table_of_tokens_is_what_the_two_looks_say():
     results = ROOT / "results"
     section = (results / "README.md").read_text().split("### What the tokens know")[1]
     [rows] = read_tables("## tokens" + section.split("\n## ")[0]).values()
-    looks = {"segment": "miou", "discover": "corloc"}
+    looks = []
+    for look, figure in (("segment", "miou"), ("discover", "corloc")):
+        paths = sorted(results.glob(f"dino/tokens/*/{look}.json"))
+        networks = [x for path in paths for x in json.loads(path.read_text())["results"].items()]
+        looks.append([(name, result[figure]) for name, result in networks if "-12-" in name])
+    arms = {name.split("-12-")[0] for values in looks for name, _ in values}
+    assert sorted(arms) == sorted(dict(row)["arm"] for row in rows)
     for row in rows:
         arm, *printed = (cell for _, cell in row)
         found = []
-        for look, figure in looks.items():
-            for path in results.glob(f"dino/tokens/*/{look}.json"):
-                named = json.loads(path.read_text())["results"].items()
-                values = {name: x[figure] for name, x in named if name.startswith(f"{arm}-12-")}
-                if values:
-                    fresh = [x for name, x in values.items() if name.endswith(", untrained")]
-                    trained = [x for name, x in values.items() if "," not in name]
-                    assert len(fresh) == len(trained) == 3
-                    found += [mean(trained), min(trained), max(trained), mean(fresh)]
+        for values in looks:
+            own = [(name, value) for name, value in values if name.startswith(f"{arm}-12-")]
+            fresh = [value for name, value in own if name.endswith(", untrained")]
+            trained = [value for name, value in own if "," not in name]
+            assert len(fresh) == len(trained) == 3
+            found += [mean(trained), min(trained), max(trained), mean(fresh)]
         says = " .. ".join(printed).split(" .. ")
         assert len(says) == len(found) == 8 and all(map(agrees, says, found)), (says, found)
 
